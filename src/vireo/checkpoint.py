@@ -1,0 +1,178 @@
+"""Checkpoints: written whole or not at all, verified when read, kept by a stated rule.
+
+A checkpoint is a folder `checkpoints/step_00000500/` with one safetensors file for each part (network, optimizer,
+ema, loss) and `manifest.json`, which names every file with its size and SHA-256. It is written under a temporary name
+in the same file system, flushed, and renamed: a folder with the final name and a valid manifest is complete. (A
+flipped byte in a safetensors file loads without an error, so the hash is needed.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from vireo.errors import UserError
+
+if TYPE_CHECKING:  # the launcher's parent lists checkpoints and must start without torch
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+_NAME = re.compile(r"step_(\d{8})")
+MARGIN = 64 * 2**20  # bytes that must stay free beside a new checkpoint
+
+
+class Checkpoint(NamedTuple):
+    """A verified checkpoint: its folder, the step it was made after, and the JSON state beside the tensors."""
+
+    folder: Path
+    step: int
+    state: dict[str, Any]
+
+    def tensors(self, part: str) -> dict[str, Tensor]:
+        """The tensors of one part ("network", "optimizer", "ema", "loss") on the CPU; empty if it was not stored."""
+        from safetensors.torch import load_file
+
+        path = self.folder / f"{part}.safetensors"
+        return load_file(path) if path.exists() else {}
+
+
+def save(run_folder: Path, step: int, parts: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
+    """Write the checkpoint of `step` and return its folder. Only one process calls this.
+
+    parts: tensors by part, on the CPU and not sharing memory. state: JSON values that a resume needs. Raises OSError (disk full, no permission) or
+    whatever the writer raises; nothing that looks like a checkpoint is left behind then.
+    """
+    from safetensors.torch import save_file
+
+    root = run_folder / "checkpoints"
+    root.mkdir(parents=True, exist_ok=True)
+    size = sum(t.numel() * t.element_size() for tensors in parts.values() for t in tensors.values())
+    free = shutil.disk_usage(root).free
+    if free < size + MARGIN:
+        raise OSError(f"{root}: {free / 2**20:.0f} MiB free, this checkpoint needs {(size + MARGIN) / 2**20:.0f} MiB")
+    final = root / f"step_{step:08d}"
+    temporary = root / f".step_{step:08d}.tmp-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        for part, tensors in parts.items():
+            if tensors:
+                flat = {name: value.contiguous() for name, value in tensors.items()}
+                save_file(flat, temporary / f"{part}.safetensors", metadata={"step": str(step), "part": part})
+        files = {path.name: _identity(path) for path in sorted(temporary.iterdir())}
+        manifest = {"format": FORMAT, "step": step, "files": files, "state": dict(state)}
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        for path in temporary.iterdir():
+            _flush(path)
+        _flush(temporary)
+        if final.exists():  # a damaged checkpoint of the same step, which no resume would have taken
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _flush(root)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return final
+
+
+def verify(folder: Path) -> Checkpoint:
+    """Read a checkpoint's manifest and check every file's size and hash.
+
+    Raises UserError that names the file and what is wrong with it.
+    """
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text())
+        files, step, state = manifest["files"], int(manifest["step"]), dict(manifest["state"])
+    except FileNotFoundError:
+        raise UserError(f"{folder}: not a checkpoint, manifest.json is missing") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged manifest ({type(error).__name__}: {error})") from None
+    for name, expected in files.items():
+        file = folder / name
+        if Path(name).name != name or not file.is_file():
+            raise UserError(f"{file}: named by the manifest but missing")
+        if file.stat().st_size != expected["size"]:
+            raise UserError(f"{file}: {file.stat().st_size} bytes, the manifest says {expected['size']} (cut off?)")
+        if _identity(file) != expected:
+            raise UserError(f"{file}: its SHA-256 is not the manifest's; the file was changed or damaged")
+    return Checkpoint(folder, step, state)
+
+
+def steps(run_folder: Path) -> list[int]:
+    """Steps of the checkpoints that are visible in a run, ascending; not verified."""
+    root = run_folder / "checkpoints"
+    names = (_NAME.fullmatch(path.name) for path in root.iterdir()) if root.is_dir() else ()
+    return sorted(int(match[1]) for match in names if match)
+
+
+def folder_of(run_folder: Path, step: int) -> Path:
+    return run_folder / "checkpoints" / f"step_{step:08d}"
+
+
+def latest(run_folder: Path) -> Checkpoint | None:
+    """The newest checkpoint that verifies; damaged ones are reported by name and passed over. None: a fresh start."""
+    for step in reversed(steps(run_folder)):
+        try:
+            return verify(folder_of(run_folder, step))
+        except UserError as error:
+            log.warning("checkpoint passed over: %s", error)
+    return None
+
+
+def find(run_folder: Path, resume: str) -> Checkpoint | None:
+    """What `resume` names: "auto" the newest good one, "none" nothing, else a checkpoint folder, which must be good."""
+    if resume == "none":
+        return None
+    if resume == "auto":
+        return latest(run_folder)
+    return verify(Path(resume))
+
+
+def retain(run_folder: Path, keep_last: int, keep_every: int | None, best: int | None) -> list[int]:
+    """Delete old checkpoints; returns the deleted steps. Called after a new one is visible.
+
+    Kept: the newest `keep_last` (at least one), multiples of `keep_every`, and the best step.
+    """
+    found = steps(run_folder)
+    keep = set(found[-max(1, keep_last) :]) | {best}
+    doomed = [s for s in found if s not in keep and not (keep_every and s % keep_every == 0)]
+    for step in doomed:
+        # Renamed first, so that a kill in the middle leaves no folder that looks complete.
+        grave = run_folder / "checkpoints" / f".step_{step:08d}.deleted"
+        folder_of(run_folder, step).rename(grave)
+        shutil.rmtree(grave)
+    return doomed
+
+
+def clean(run_folder: Path) -> None:
+    """Remove what killed processes left behind; the caller holds the run's lock."""
+    root = run_folder / "checkpoints"
+    for path in root.glob(".step_*") if root.is_dir() else ():
+        log.info("removed unfinished %s", path.name)
+        shutil.rmtree(path)
+
+
+def _identity(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

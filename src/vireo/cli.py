@@ -1,0 +1,69 @@
+"""The command line: `python train.py …` and `vireo <verb> …`."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from vireo import config, faults
+from vireo.errors import UserError
+
+VERBS = {
+    "train": "train a recipe (the same as python train.py)",
+    "check": "look at this machine, or at a recipe's config and data",
+    "sample": "show what a trained network makes of held-out clips",
+    "evaluate": "measure a trained network, or foreign weights, beside naive baselines",
+    "export": "write what the ecosystem reads, from any checkpoint",
+    "runs": "list the runs below outputs",
+}
+
+
+def vireo() -> int:
+    """Console script `vireo`: the first word is the verb, the rest are key=value."""
+    words = sys.argv[1:]
+    verb = words[0] if words else "--help"
+    if verb == "train":
+        sys.argv = ["vireo train", *words[1:]]
+        return train()
+    if verb not in VERBS:
+        lines = "\n".join(f"  vireo {name:<9} {about}" for name, about in VERBS.items())
+        print(f"vireo trains video models.\n\n{lines}\n\n`vireo <verb> --help` says more; `vireo train --help` lists the recipes.")
+        return faults.EXIT_FINISHED if verb in ("--help", "-h", "help") else faults.EXIT_MISTAKE
+    return run_verb(verb, words[1:])
+
+
+def run_verb(verb: str, words: Sequence[str]) -> int:
+    """Run one verb; a user's mistake is printed without a traceback."""
+    module = importlib.import_module(f"vireo.verbs.{verb}")
+    if set(words) & {"--help", "-h"}:
+        print(module.__doc__)
+        return faults.EXIT_FINISHED
+    try:
+        return module.main(words)
+    except UserError as mistake:
+        print(mistake, file=sys.stderr)
+        return faults.EXIT_MISTAKE
+
+
+def train() -> int:
+    """Compose what the command line says (once, or once for each job of a sweep), validate it, and run it."""
+    import hydra
+    from omegaconf import DictConfig
+
+    from vireo import launch
+
+    config.register()
+    jobs: list[launch.Job] = []
+
+    @hydra.main(version_base="1.3", config_path=str(config.conf_dir()), config_name="config")
+    def task(composed: DictConfig) -> float | None:
+        stopped = any(job.exit_code == faults.EXIT_STOPPED for job in jobs)
+        jobs.append(launch.job(composed, stopped))
+        return jobs[-1].best
+
+    try:
+        config.explain_mistakes(sys.argv[1:])
+        task()
+    except UserError as mistake:
+        print(mistake, file=sys.stderr)
+        return faults.EXIT_MISTAKE
+    return launch.conclude(jobs)

@@ -1,0 +1,84 @@
+"""What a person sees of a run: log lines, and a progress bar where there is a terminal."""
+
+import logging
+import os
+import resource
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+
+def set_up_logging(path: Path | None = None) -> None:
+    """Messages of level INFO to the console and, on the main process, to the run's log file.
+
+    Other ranks write to a file of their own beside it (train.rank1.log) and only their errors to the console.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    console = logging.StreamHandler(sys.stdout)
+    console.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    console.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
+    handlers: list[logging.Handler] = [console]
+    if path is not None:
+        file = logging.FileHandler(path if rank == 0 else path.with_suffix(f".rank{rank}{path.suffix}"))
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handlers.append(file)
+    logging.basicConfig(level=logging.WARNING, handlers=handlers, force=True)
+    logging.getLogger("vireo").setLevel(logging.INFO)
+
+
+class Console:
+    """Progress of a run: a bar on a terminal, a line at each logged step elsewhere."""
+
+    def __init__(self, steps: int, start: int, global_batch: int) -> None:
+        self.steps, self.global_batch = steps, global_batch
+        self.bar = None
+        if sys.stdout.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, file=sys.stdout)
+
+    def step(self, step: int) -> None:
+        if self.bar is not None:
+            self.bar.update(step - self.bar.n)
+
+    def show(self, step: int, figures: Mapping[str, float]) -> None:
+        """Show the figures of a step: loss, rate, speed, memory and time left, or a validation's results."""
+        if "loss" not in figures:
+            names = [n for n in figures if n.startswith("validation/")]
+            values = "  ".join(f"{n.removeprefix('validation/')} {figures[n]:.4g}" for n in names)
+            self.write(f"step {step:>7}  validation: {values}")
+            return
+        seconds = figures["seconds_per_step"]
+        text = (
+            f"loss {figures['loss']:.4g}  lr {figures['lr']:.3g}  {seconds:.3g} s/step  "
+            f"{self.global_batch / seconds:.3g} samples/s  {memory()}"
+        )
+        if self.bar is not None:
+            self.bar.set_postfix_str(text)
+        else:
+            self.write(f"step {step:>7} of {self.steps}  {text}  {_duration(seconds * (self.steps - step))} left")
+
+    def write(self, text: str) -> None:
+        """A line above the bar."""
+        if self.bar is not None:
+            self.bar.clear()
+        logging.getLogger(__name__).info("%s", text)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def memory() -> str:
+    """Peak memory so far: of the GPU where there is one, else of the process."""
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB GPU"
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

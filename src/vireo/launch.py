@@ -1,0 +1,186 @@
+"""The parent of a run: makes the folder, writes the resolved config, starts the workers and waits for them.
+
+It never imports torch. The config is composed and resolved once, here; workers read nothing but `resolved.yaml`.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from vireo import config, faults, report, run_folder
+from vireo.errors import UserError
+from vireo.mini import world
+from vireo.tracking import read_metrics
+
+
+class Job(NamedTuple):
+    """How one run ended: what was asked, its folder, the exit code, the best validation figure, what went wrong."""
+
+    overrides: list[str]
+    folder: Path | None
+    exit_code: int
+    best: float | None = None
+    message: str = ""
+
+
+def job(composed: DictConfig, stopped: bool = False) -> Job:
+    """Validate, resolve and run one composed config. A user's mistake is part of the answer, not an exception.
+
+    stopped: an earlier job of the sweep was stopped on request, so this one is not started.
+    """
+    overrides = list(HydraConfig.get().overrides.task)
+    if stopped:
+        return Job(overrides, None, faults.EXIT_STOPPED, message="not started: the sweep was stopped")
+    try:
+        return run(config.settled(composed), overrides)
+    except UserError as mistake:
+        print(mistake, file=sys.stderr)
+        return Job(overrides, None, faults.EXIT_MISTAKE, message=str(mistake))
+
+
+def conclude(jobs: Sequence[Job]) -> int:
+    """The worst exit code; after a sweep also its table, as text and CSV, and all curves in one picture."""
+    hydra = HydraConfig.get()
+    if hydra.mode == RunMode.MULTIRUN:
+        folder = Path(hydra.sweep.dir)
+        rows = [_row(number, one) for number, one in enumerate(jobs)]
+        print(f"\n{report.table(rows)}")
+        report.write_csv(rows, folder / "sweep.csv")
+        runs = {" ".join(one.overrides): read_metrics(one.folder / "metrics.jsonl") for one in jobs if one.folder}
+        print(f"\ntable   {folder / 'sweep.csv'}\ncurves  {report.draw(runs, folder / 'curves.png')}")
+    return max((one.exit_code for one in jobs), default=faults.EXIT_FAULT)
+
+
+def _row(number: int, one: Job) -> dict[str, Any]:
+    states = {faults.EXIT_FINISHED: "finished", faults.EXIT_STOPPED: "stopped", faults.EXIT_MISTAKE: "mistake"}
+    about = report.state_of(one.folder) if one.folder else {}
+    return {
+        "job": number,
+        "overrides": " ".join(one.overrides),
+        "state": states.get(one.exit_code, f"failed ({one.exit_code})"),
+        "best": one.best,
+        "loss": about.get("loss"),
+        "steps": about.get("steps"),
+        "seconds_per_step": about.get("seconds_per_step"),
+        "run": str(one.folder) if one.folder else (one.message.splitlines() or [""])[0],
+    }
+
+
+def run(settings: dict[str, Any], overrides: Sequence[str]) -> Job:
+    """Train one resolved config in its own folder, from its newest checkpoint.
+
+    A finished run says so and does nothing. Raises UserError for a folder that cannot be used.
+    """
+    folder = _make_folder(settings)
+    done = run_folder.finished(folder) if settings["resume"] == "auto" else None
+    if done and not _longer(settings, done):
+        print(
+            f"{folder} is finished (step {done['step']}). To go on, give more steps with run={folder.name}; "
+            "resume=none starts afresh beside it"
+        )
+        return Job(list(overrides), folder, faults.EXIT_FINISHED, (done["best"] or {}).get("value"))
+    with run_folder.lock(folder) as held:
+        _refuse_other_config(folder, settings)
+        config.save_resolved(settings, folder / "resolved.yaml")
+        run_folder.write_json(folder / "overrides.json", list(overrides))
+        run_folder.write_json(folder / "environment.json", run_folder.environment())
+        (folder / "finished").unlink(missing_ok=True)
+        print(config.banner(settings, folder), flush=True)
+        if settings["size"] == "mini":
+            world.ensure()
+        code = start(folder / "resolved.yaml", settings["launcher"], held)
+    done = run_folder.finished(folder)
+    return Job(list(overrides), folder, code, (done["best"] or {}).get("value") if done else None)
+
+
+def _make_folder(settings: dict[str, Any]) -> Path:
+    folder = config.run_folder(settings)
+    if settings["resume"] == "none":
+        beside = (folder.with_name(f"{folder.name}-{number}") for number in range(2, 10_000))
+        folder = folder if not folder.exists() else next(path for path in beside if not path.exists())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}); choose another place with paths.outputs=…") from None
+    return folder
+
+
+def _longer(settings: dict[str, Any], done: dict[str, Any]) -> bool:
+    return bool(settings["epochs"]) or settings["steps"] > done["step"]
+
+
+def _refuse_other_config(folder: Path, settings: dict[str, Any]) -> None:
+    """A folder goes on only with the config it began with; length, logging and the like may differ."""
+    path = folder / "resolved.yaml"
+    if not path.exists() or not (folder / "checkpoints").is_dir():
+        return
+    differences = config.differences(config.load_resolved(path), settings, settings["allow_changes"] or [])
+    if differences:
+        raise UserError(
+            f"{folder} was trained with another config:\n"
+            + "\n".join(f"  {line}" for line in differences)
+            + "\nGive this one another name (run=…), or allow what may change (allow_changes=[lr,…])"
+        )
+
+
+def start(resolved: Path, launcher: dict[str, Any], held: int) -> int:
+    """Run the workers of one resolved config to their end; returns the worst exit code.
+
+    held: file descriptor of the run's lock, which the children inherit, so the folder stays locked while one lives.
+    """
+    processes = number_of_processes(launcher["processes"])
+    command = [sys.executable, "-u", "-m"]
+    if processes > 1:
+        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "--max-restarts=0", "-m"]
+    command += ["vireo.worker", str(resolved)]
+    environment = {**os.environ, "HYDRA_FULL_ERROR": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    with subprocess.Popen(command, env=environment, pass_fds=(held,)) as child, _forward_signals(child):
+        code = child.wait()
+    return code if code >= 0 else 128 - code
+
+
+def number_of_processes(asked: int | str) -> int:
+    """`auto` is one for each visible GPU, at least one. Raises UserError for more processes than GPUs."""
+    gpus = _visible_gpus()
+    if asked == "auto":
+        return max(1, gpus)
+    if gpus and int(asked) > gpus:
+        raise UserError(f"launcher.processes={asked}, but {gpus} GPUs are visible; use at most that many, or auto")
+    return int(asked)
+
+
+def _visible_gpus() -> int:
+    """GPUs that a worker would see, without importing torch here."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([part for part in visible.split(",") if part.strip() and part.strip() != "-1"])
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+
+
+@contextmanager
+def _forward_signals(child: subprocess.Popen) -> Iterator[None]:
+    """Pass stop signals on to the workers. A Ctrl-C reaches them from the terminal itself."""
+
+    def forward(number: int, frame: object) -> None:
+        if number != signal.SIGINT:
+            child.send_signal(number)
+
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+    previous = {number: signal.signal(number, forward) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,22 @@
+"""What every network that learns offers beside its forward."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+
+class Network(nn.Module):
+    """The one module that learns. It only predicts: it draws no noise and knows no loss, rank or config.
+
+    Training calls it through its wrapper's `forward` alone, since nothing else is synchronised between processes.
+    """
+
+    @abstractmethod
+    def export(self, folder: Path, state: Mapping[str, Tensor]) -> list[Path]:
+        """Write the full, unsharded `state` into `folder` in the ecosystem's format; returns the files or folders."""
+
+    @abstractmethod
+    def load(self, path: Path) -> None:
+        """Take in weights that `export` wrote, or the released ones it imitates. Strict; raises UserError."""

@@ -1,0 +1,77 @@
+"""The generic Model, Dataset and Loss objects of a run, made from its resolved config.
+
+`_target_` names a class, the other keys are its arguments; nothing here knows which recipe it builds.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vireo import config, weights
+from vireo.data.stream import Dataset
+from vireo.distributed import Strategy
+from vireo.freezing import FreezePolicy
+from vireo.losses.objective import Loss
+from vireo.models.encoders import Encoder
+from vireo.models.network import Network
+from vireo.randomness import seed_default
+from vireo.schedules import Schedule
+from vireo.tracking import Tracker
+from vireo.validation import Sampler
+
+Settings = dict[str, Any]
+
+
+def strategy(settings: Settings) -> Strategy:
+    return config.instantiate(settings["strategy"], precision=settings["precision"], timeout=settings["launcher"]["timeout"])
+
+
+def dataset(settings: Settings, split: str) -> Dataset:
+    """The training or the held-out part ("train", "validation") of the run's data."""
+    return config.instantiate(settings["data"], split=split)
+
+
+def encoder(settings: Settings) -> Encoder:
+    return config.instantiate(settings["model"]["encoder"])
+
+
+def loss(settings: Settings) -> Loss:
+    return config.instantiate(settings["loss"])
+
+
+def sampler(settings: Settings) -> Sampler:
+    return config.instantiate(settings["model"]["sampler"])
+
+
+def network(settings: Settings) -> Network:
+    """The network with its weights: the model's own, then `init_from`, then the adapter that is added to it.
+
+    Initial weights are keyed by the seed and drawn on the CPU, so they are the same on every rank.
+    """
+    seed_default(settings["seed"], "init", "network")
+    made: Network = config.instantiate(settings["model"]["network"])
+    if settings["init_from"]:
+        weights.initialize_from(made, Path(settings["init_from"]))
+    if settings["adapter"]:
+        seed_default(settings["seed"], "init", "adapter")
+        config.instantiate(settings["adapter"])(made)
+    return made
+
+
+def freeze_policy(settings: Settings) -> FreezePolicy:
+    return config.instantiate(settings["freeze_policy"])
+
+
+def optimizer(settings: Settings) -> Callable[..., torch.optim.Optimizer]:
+    """Called with parameter groups and lr."""
+    return config.instantiate(settings["optimizer"])
+
+
+def schedule(settings: Settings) -> Schedule:
+    return config.instantiate(settings["schedule"])
+
+
+def tracker(settings: Settings) -> Tracker | None:
+    return config.instantiate(settings["tracker"]) if settings["tracker"] else None

@@ -1,0 +1,135 @@
+"""What a run or a sweep shows at its end: curves as a picture, a table, and where to look."""
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vireo import checkpoint
+from vireo.run_folder import finished
+from vireo.tracking import read_metrics
+
+PANELS = ("loss", "validation/psnr", "validation/loss", "grad_norm", "lr", "seconds_per_step")
+
+
+def curves(folder: Path) -> Path:
+    """Draw a run's metrics.jsonl into `<run>/curves.png`: one panel for each figure that was logged, baselines dashed."""
+    rows = read_metrics(folder / "metrics.jsonl")
+    return draw({folder.name: rows}, folder / "curves.png")
+
+
+def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> Path:
+    """Curves of one or more runs in one picture, a panel for each of PANELS that any run has."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = [name for name in PANELS if any(name in row for rows in runs.values() for row in rows)]
+    columns = min(3, max(1, len(panels)))
+    lines = -(-max(1, len(panels)) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(4.6 * columns, 3.1 * lines), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        for title, rows in runs.items():
+            points = [(row["step"], row[panel]) for row in rows if panel in row]
+            marker = "o" if len(points) < 20 else None
+            axis.plot([x for x, _ in points], [y for _, y in points], label=title, marker=marker, markersize=3)
+        if len(runs) == 1:
+            _baselines(axis, panel, next(iter(runs.values())))
+        axis.set_title(panel, fontsize=10)
+        axis.set_xlabel("step", fontsize=8)
+        axis.grid(alpha=0.3)
+        if panel in ("loss", "grad_norm"):
+            axis.set_yscale("log")
+    if len(runs) > 1 and panels:
+        axes.flat[0].legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def _baselines(axis: Any, panel: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Horizontal lines for naive predictions: validation/<baseline>/psnr beside validation/psnr."""
+    group, _, measure = panel.rpartition("/")
+    last = next((row for row in reversed(rows) if panel in row), {})
+    for number, name in enumerate(sorted(last)):
+        parts = name.split("/")
+        if len(parts) == 3 and parts[0] == group and parts[2] == measure:
+            axis.axhline(last[name], linestyle="--", linewidth=1, color=f"C{number % 5 + 1}", label=parts[1])
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=7)
+
+
+def where_to_look(folder: Path, exported: Sequence[Path], picture: Path, figures: Mapping[str, float]) -> str:
+    """The last words of a run."""
+    samples = sorted((folder / "samples").glob("step_*"))
+    lines = ["finished. Where to look:", f"  curves       {picture}"]
+    if samples:
+        lines += [f"  side by side {samples[-1]}/*.mp4 and *.png"]
+    lines += [f"  metrics      {folder / 'metrics.jsonl'}"]
+    lines += [f"  export       {path}" for path in exported]
+    if figures:
+        lines += ["held-out clips:"]
+        lines += [f"  {name.removeprefix('validation/'):<28} {value:.4g}" for name, value in sorted(figures.items())]
+    return "\n".join(lines)
+
+
+def state_of(folder: Path) -> dict[str, Any]:
+    """One run in a row: how far it is, how good, and whether it is done."""
+    rows = read_metrics(folder / "metrics.jsonl")
+    marker = finished(folder)
+    saved = checkpoint.steps(folder)
+    best = (marker or {}).get("best") or {}
+    psnr = [row["validation/psnr"] for row in rows if "validation/psnr" in row]
+    seconds = [row["seconds_per_step"] for row in rows if "seconds_per_step" in row]
+    return {
+        "run": folder.name,
+        "state": "finished" if marker else ("stopped" if saved else "no checkpoint"),
+        "steps": rows[-1]["step"] if rows else 0,
+        "checkpoint": saved[-1] if saved else None,
+        "best": best.get("value", max(psnr) if psnr else None),
+        "loss": next((row["loss"] for row in reversed(rows) if "loss" in row), None),
+        "seconds_per_step": sorted(seconds)[len(seconds) // 2] if seconds else None,
+        "overrides": " ".join(_overrides(folder)),
+    }
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows with the same keys as aligned text."""
+    if not rows:
+        return "(none)"
+    names = list(rows[0])
+    cells = [names, *([_cell(row[name]) for name in names] for row in rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
+    return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in cells)
+
+
+def write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def brief(lines: Sequence[Any], most: int = 6) -> str:
+    """A list on one line, or on lines of their own with a count of what is left out."""
+    if len(lines) == 1:
+        return str(lines[0])
+    shown = [f"\n    {line}" for line in lines[:most]]
+    more = f"\n    … and {len(lines) - most} more" if len(lines) > most else ""
+    return f"{len(lines)}{''.join(shown)}{more}"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _overrides(folder: Path) -> list[str]:
+    path = folder / "overrides.json"
+    return json.loads(path.read_text()) if path.exists() else []

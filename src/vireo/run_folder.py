@@ -1,0 +1,93 @@
+"""A run's folder: whose it is, what was asked, what it runs on, and whether it is done."""
+
+import fcntl
+import json
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from vireo.errors import UserError
+
+PACKAGES = ("torch", "accelerate", "diffusers", "transformers", "safetensors", "hydra-core", "decord", "av", "numpy")
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[int]:
+    """Hold the folder for this process and the children that inherit the descriptor it yields.
+
+    The kernel frees it when the last of them ends, however it ends.
+
+    Raises UserError that names the host and process of the run that holds it.
+    """
+    path = folder / ".lock"
+    with open(path, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise UserError(
+                f"{folder} belongs to a run that is going on ({holder}). Wait for it, stop it, or give this one "
+                "another name with run=<name>"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield file.fileno()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replace a JSON file at once: a reader sees the old or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine, command and git commit that a run was started with; no environment variables."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "vireo": metadata.version("vireo") if _installed("vireo") else None,
+        "python": platform.python_version(),
+        "packages": versions,
+        "platform": platform.platform(),
+        "command": shlex.join(sys.argv),
+        "git": _git(),
+    }
+
+
+def finished(folder: Path) -> dict[str, Any] | None:
+    """What the `finished` marker says, or None for a run that is not done."""
+    path = folder / "finished"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _installed(package: str) -> bool:
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _git() -> dict[str, Any] | None:
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5)
+        status = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return {"commit": commit.stdout.strip(), "changed": bool(status.stdout)} if commit.returncode == 0 else None

@@ -1,0 +1,63 @@
+"""Command lines of the verbs: `key=value` words, of which some are the verb's own and the rest belong to the config."""
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vireo import config
+from vireo.errors import UserError
+
+
+class Arguments(NamedTuple):
+    """settings: the resolved config. folder: the run it belongs to, if one was named. own: the verb's own values."""
+
+    settings: dict[str, Any]
+    folder: Path | None
+    own: dict[str, str]
+
+
+def read(words: Sequence[str], own: Collection[str]) -> Arguments:
+    """Split the words; `run=` names a run's folder (or a name below outputs) whose config is taken.
+
+    own: names of the verb's own keys. Raises UserError for words that are not key=value, unknown runs and whatever
+    is wrong with the config.
+    """
+    values: dict[str, str] = {}
+    overrides: list[str] = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals and "/" not in word and not word.startswith("~"):
+            raise UserError(f"{word!r} is not key=value; this verb takes {', '.join(f'{k}=' for k in ['run', *own])}")
+        if key in own or key == "run":
+            values[key] = value
+        else:
+            overrides.append(word)
+    if "run" in values:
+        folder = find_run(values.pop("run"))
+        return Arguments(config.change(config.load_resolved(folder / "resolved.yaml"), overrides), folder, values)
+    return Arguments(config.settings(overrides), None, values)
+
+
+def find_run(name: str) -> Path:
+    """A run by its folder, or by its name anywhere below outputs."""
+    path = Path(name)
+    if (path / "resolved.yaml").is_file():
+        return path
+    outputs = config.outputs_folder()
+    runs = sorted(file.parent for file in outputs.glob("*/*/resolved.yaml"))
+    found = [run for run in runs if run.name == name or f"{run.parent.name}/{run.name}" == name]
+    if len(found) == 1:
+        return found[0]
+    known = "\n".join(f"  {run}" for run in (found or runs)[-10:]) or "  (none)"
+    problem = "is the name of several runs" if found else "is neither a run's folder nor its name"
+    raise UserError(f"run={name} {problem}. Runs below {outputs}:\n{known}")
+
+
+def whole(own: dict[str, str], key: str, default: int | None) -> int | None:
+    """An own value as a whole number. Raises UserError if it is none."""
+    if key not in own:
+        return default
+    try:
+        return int(own[key])
+    except ValueError:
+        raise UserError(f"{key}={own[key]}: a whole number is expected") from None

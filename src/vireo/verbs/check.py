@@ -1,0 +1,105 @@
+"""vireo check environment
+vireo check experiment=<recipe> [any override]
+
+`check environment`: versions, GPU and driver, video decoders, disk, shared memory, and what is missing for which
+recipe. `check experiment=…`: the config, then the data as training would see it. Exit code 2 if something is wrong.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Sequence
+from importlib import metadata, util
+from pathlib import Path
+
+from vireo import config
+from vireo.run_folder import PACKAGES
+from vireo.verbs import arguments
+
+OPTIONAL = {
+    "deepspeed": "strategy=zero2 and zero3 (Linux only)",
+    "wandb": "tracker=wandb",
+    "tensorboard": "tracker=tensorboard",
+    "bitsandbytes": "8-bit optimizers (GPU only)",
+    "submitit": "launcher=slurm",
+}
+MIB = 2**20
+
+
+def main(words: Sequence[str]) -> int:
+    return _environment() if list(words) == ["environment"] else _experiment(words)
+
+
+def _environment() -> int:
+    """Print what this machine has; 2 if something that every recipe needs is missing."""
+    missing = []
+    print(f"python        {platform.python_version()} on {platform.platform()}")
+    for package in PACKAGES:
+        version = _version(package)
+        print(f"{package:<13} {version or 'MISSING'}")
+        if version is None and package != "decord":  # PyAV reads videos where decord has no wheel
+            missing.append(package)
+    for package, purpose in OPTIONAL.items():
+        print(f"{package:<13} {_version(package) or f'not installed; needed for {purpose}'}")
+    print(f"decoder       {_decoder()}")
+    print(f"GPU           {_gpus()}")
+    print(f"CPU           {os.cpu_count()} cores, {_memory()} MiB memory")
+    outputs = config.outputs_folder()
+    disk = shutil.disk_usage(next(p for p in [outputs, *outputs.absolute().parents] if p.exists()))
+    print(f"disk          {disk.free // MIB} MiB free for {outputs}")
+    if Path("/dev/shm").exists():
+        shared = shutil.disk_usage("/dev/shm").free // MIB
+        hint = "" if shared > 512 else "  (little: loader workers may die with a bus error; docker run --shm-size=8g)"
+        print(f"shared memory {shared} MiB free{hint}")
+    print("\nrecipes at full size:")
+    for name in config.experiments():
+        problems = config.problems([f"experiment={name}", "size=full"])
+        print(f"  {name:<22} {'ready' if not problems else problems[0]}")
+    if missing:
+        print(f"\nmissing: {', '.join(missing)}; `pip install -e .` installs what vireo needs")
+    return 2 if missing else 0
+
+
+def _experiment(words: Sequence[str]) -> int:
+    """Print the data of one composition as training would see it."""
+    given = arguments.read(words, ())
+    print(f"config        valid ({given.settings['experiment']}, size={given.settings['size']})")
+    if given.settings["size"] == "mini":
+        from vireo.mini import world
+
+        world.ensure()
+    from vireo import objects, report
+
+    for split in ("train", "validation"):
+        dataset = objects.dataset(given.settings, split)
+        print(f"\n{split}")
+        for name, value in dataset.describe().items():
+            lines = value if isinstance(value, list) else [value]
+            print(f"  {name:<14} {report.brief(lines)}")
+    return 0
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _decoder() -> str:
+    have = [name for name in ("decord", "av") if util.find_spec(name)]
+    return " then ".join(have) if have else "NONE: pip install decord av"
+
+
+def _gpus() -> str:
+    """Names, memory and driver by nvidia-smi, which answers without importing torch."""
+    if not shutil.which("nvidia-smi"):
+        return "none (everything runs on the CPU, at size=mini in minutes)"
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True, timeout=30)
+    return answer.stdout.strip().replace("\n", "; ") or f"nvidia-smi fails: {answer.stderr.strip()}"
+
+
+def _memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // MIB

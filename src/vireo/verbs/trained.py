@@ -1,0 +1,50 @@
+"""A trained network for the verbs: of a run (newest or a given step, averaged weights), or from a foreign file."""
+
+from pathlib import Path
+
+import torch
+
+from vireo import checkpoint, objects, weights
+from vireo.errors import UserError
+from vireo.models.network import Network
+from vireo.verbs.arguments import Arguments, whole
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def network(arguments: Arguments) -> tuple[Network, str]:
+    """The network in evaluation mode on the device, and a line that says where its weights are from.
+
+    Own keys: `step` of the run, `weights` a file or folder that the network's `load` reads. Without a run and without
+    weights, the network is what training would start from.
+    """
+    settings, folder, own = arguments
+    if "weights" in own:
+        settings = {**settings, "model": {**settings["model"], "network": {**settings["model"]["network"]}}}
+        if "weights" in settings["model"]["network"]:
+            settings["model"]["network"]["weights"] = None  # the foreign ones replace them
+    made = objects.network(settings)
+    about = "initial weights"
+    if "weights" in own:
+        path = Path(own["weights"])
+        made.load(path)
+        about = str(path)
+    elif folder is not None:
+        found = _checkpoint(folder, whole(own, "step", None))
+        objects.freeze_policy(settings)(made)
+        weights.load_trained(made, {**found.tensors("network"), **found.tensors("ema")}, found.folder)
+        about = f"{found.folder}{' (averaged)' if found.tensors('ema') else ''}"
+    return made.eval().requires_grad_(False).to(device()), about
+
+
+def _checkpoint(folder: Path, step: int | None) -> checkpoint.Checkpoint:
+    if step is not None:
+        if step not in checkpoint.steps(folder):
+            raise UserError(f"{folder} has no checkpoint of step {step}; it has {checkpoint.steps(folder)}")
+        return checkpoint.verify(checkpoint.folder_of(folder, step))
+    found = checkpoint.latest(folder)
+    if found is None:
+        raise UserError(f"{folder} has no checkpoint that can be read")
+    return found

@@ -1,0 +1,75 @@
+"""Weights between a network, a checkpoint and what a run starts from."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vireo import checkpoint
+from vireo.errors import UserError
+from vireo.models.network import Network
+
+log = logging.getLogger(__name__)
+
+
+def trained_names(network: nn.Module) -> set[str]:
+    """Trainable parameters, and the buffers of modules that own one: what changes while training."""
+    names = set()
+    for prefix, module in network.named_modules():
+        own = list(module.named_parameters(recurse=False))
+        if any(parameter.requires_grad for _, parameter in own):
+            persistent = [n for n, _ in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set]
+            learned = [n for n, parameter in own if parameter.requires_grad]
+            names |= {f"{prefix}.{name}" if prefix else name for name in [*learned, *persistent]}
+    return names
+
+
+def trained_state(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The part of a full state that changes while training."""
+    names = trained_names(network)
+    return {name: value for name, value in state.items() if name in names}
+
+
+@torch.no_grad()
+def load_trained(network: nn.Module, stored: Mapping[str, Tensor], source: Path) -> None:
+    """Put a checkpoint's tensors into what the network trains; both sides must name the same tensors.
+
+    Raises UserError with up to 20 differences: missing, unexpected, or of another shape.
+    """
+    own = network.state_dict()
+    wanted = trained_names(network)
+    problems = [f"  {name}: missing in the checkpoint" for name in sorted(wanted - stored.keys())]
+    problems += [f"  {name}: not trained by this network" for name in sorted(stored.keys() - wanted)]
+    for name in sorted(wanted & stored.keys()):
+        if own[name].shape != stored[name].shape:
+            problems.append(f"  {name}: {tuple(stored[name].shape)} stored, {tuple(own[name].shape)} here")
+    if problems:
+        more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise UserError(f"{source} does not fit the network:\n" + "\n".join(problems[:20]) + more)
+    for name in wanted:
+        own[name].copy_(stored[name])
+
+
+def initialize_from(network: Network, source: Path) -> None:
+    """Take weights, and nothing else, from a run's folder, a checkpoint, or an exported or released file or folder.
+
+    Of a run the newest good checkpoint counts; of a checkpoint the averaged weights, if it has them.
+    """
+    if not source.exists():
+        raise UserError(f"init_from={source}: there is no such file or folder")
+    found = None
+    if (source / "manifest.json").is_file():
+        found = checkpoint.verify(source)
+    elif (source / "checkpoints").is_dir():
+        found = checkpoint.latest(source)
+        if found is None:
+            raise UserError(f"init_from={source}: this run has no checkpoint that can be read")
+    if found is None:
+        network.load(source)
+        log.info("weights from %s", source)
+        return
+    stored = {**found.tensors("network"), **found.tensors("ema")}
+    load_trained(network, stored, found.folder)
+    log.info("weights from %s%s", found.folder, " (averaged)" if found.tensors("ema") else "")

@@ -1,0 +1,336 @@
+"""One process of a run: `python -m vireo.worker <run>/resolved.yaml`, alone or under torch.distributed.run.
+
+It builds the Model, Dataset and Loss objects of the resolved config, takes up the newest good checkpoint and calls
+the loop (training.py). What happens at a step's boundary (validate, save, export) is decided here.
+"""
+
+import ctypes
+import logging
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from vireo import checkpoint, config, distributed, faults, objects, optimizers, report, run_folder, tracking, weights
+from vireo.console import Console
+from vireo.data.stream import Slices, Stream, loader
+from vireo.ema import ExponentialMovingAverage
+from vireo.errors import UserError
+from vireo.freezing import parameter_table
+from vireo.training import Progress, train
+from vireo.validation import SEED, validate
+
+log = logging.getLogger(__name__)
+
+
+class Run:
+    """The objects of one process of a run, and what is done with them between steps."""
+
+    def __init__(self, settings: dict[str, Any], folder: Path) -> None:
+        self.settings, self.folder = settings, folder
+        self.strategy = objects.strategy(settings)
+        self.device = self.strategy.device
+        self.dataset, self.held_out = objects.dataset(settings, "train"), objects.dataset(settings, "validation")
+        self.encoder, self.loss, self.sampler = objects.encoder(settings), objects.loss(settings), objects.sampler(settings)
+        self.network, self.policy = objects.network(settings), objects.freeze_policy(settings)
+        self.policy(self.network)
+        groups = self.policy.groups(self.network, settings["lr"])
+        self.optimizer = objects.optimizer(settings)(groups, lr=settings["lr"])
+        self.wrapped = self.strategy.prepare(self.network, self.optimizer)
+        self.policy.train_mode(self.network)
+        self.encoder.to(self.device)
+        self.loss.to(self.device)
+        self.average = ExponentialMovingAverage(self.network, settings["ema"]["decay"])
+        self.save_failures = faults.SaveFailures(settings["faults"]["max_consecutive_save_failures"])
+        self.accumulation = settings["gradient_accumulation"]
+        self.best: dict[str, float] | None = None
+        self.tracker_id: str | None = None
+        self.figures: dict[str, float] = {}
+        self.saved_at = time.monotonic()
+        self.writer = ThreadPoolExecutor(1, "checkpoint")
+        self.saving: tuple[int, Future | None] | None = None
+
+    @property
+    def global_batch(self) -> int:
+        return self.settings["batch_size"] * self.accumulation * distributed.world_size()
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run: `steps`, or `epochs` passes over the dataset, rounded up."""
+        epochs = self.settings["epochs"]
+        return -(-epochs * len(self.dataset) // self.global_batch) if epochs else self.settings["steps"]
+
+    def resume(self) -> Progress:
+        """Take up the checkpoint that `resume` names, the same one on every rank; none is a fresh start."""
+        found = None
+        if distributed.is_main():
+            checkpoint.clean(self.folder)
+            found = checkpoint.find(self.folder, self.settings["resume"])
+        found = distributed.gather(found)[0]
+        if found is None:
+            return Progress(0, 0, 0)
+        self._keep_global_batch(found.state["global_batch"])
+        weights.load_trained(self.network, found.tensors("network"), found.folder)
+        optimizers.load_moments(self.optimizer, found.tensors("optimizer"))
+        self.loss.load_state_dict(found.tensors("loss"))
+        if self.average:
+            self.average.load(found.tensors("ema"))
+        self.strategy.load_state(found.state["strategy"])
+        self.best, self.tracker_id = found.state["best"], found.state["tracker_id"]
+        log.info("resumed from %s: step %d of %d", found.folder, found.step, self.steps)
+        return Progress(found.step, found.state["position"], found.state["skipped"])
+
+    def _keep_global_batch(self, wanted: int) -> None:
+        """On another number of processes the accumulation changes, so that each step sees the same samples."""
+        share = self.settings["batch_size"] * distributed.world_size()
+        if wanted % share:
+            raise UserError(
+                f"this run has a global batch of {wanted}, which {distributed.world_size()} processes with "
+                f"batch_size={self.settings['batch_size']} cannot share equally; use a number that divides it"
+            )
+        if wanted != self.global_batch:
+            log.info("gradient_accumulation is %d now, the global batch stays %d", wanted // share, wanted)
+            self.accumulation = wanted // share
+
+    def train(self, stop: faults.StopRequest) -> int:
+        """From the newest checkpoint to the end of the run; returns the exit code."""
+        settings, progress = self.settings, self.resume()
+        if distributed.is_main():
+            metrics_file = tracking.MetricsFile(self.folder / "metrics.jsonl", progress.step)
+            self.log = tracking.Log(metrics_file, objects.tracker(settings))
+            name, config_without_paths = self.folder.name, config.public(settings)
+            self.tracker_id = self.log.start(
+                folder=self.folder,
+                name=name,
+                config=config_without_paths,
+                notes=settings["notes"] or "",
+                tags=settings["tags"] or [],
+                run_id=self.tracker_id,
+            )
+            self.console = Console(self.steps, progress.step, self.global_batch)
+            log.info("what learns:\n%s", parameter_table(self.network))
+        if progress.step == 0:
+            self._try_export()
+            if settings["validation"]["at_start"]:
+                self.report(0, self.validate(0))
+        progress = train(
+            self.wrapped,
+            self.encoder,
+            self.loss,
+            self.batches(progress),
+            self.optimizer,
+            objects.schedule(settings),
+            self.strategy,
+            self.average,
+            seed=settings["seed"],
+            progress=progress,
+            steps=self.steps,
+            batch_size=settings["batch_size"],
+            accumulation=self.accumulation,
+            max_grad_norm=settings["max_grad_norm"],
+            log_every=settings["logging"]["every"],
+            max_consecutive_skips=settings["faults"]["max_consecutive_skips"],
+            max_bad_files=max(1, int(self.dataset.max_bad_fraction * len(self.dataset))),
+            stop=stop,
+            report=self.report,
+            at_boundary=self.at_boundary,
+        )
+        return self.finish(progress)
+
+    def batches(self, progress: Progress) -> Iterator[dict[str, Any]]:
+        """This rank's micro-batches from `progress` to the end of the run."""
+        slices = Slices(
+            progress.position,
+            progress.step,
+            self.steps,
+            self.settings["batch_size"],
+            self.accumulation,
+            distributed.rank(),
+            distributed.world_size(),
+        )
+        stream = Stream(self.dataset, self.settings["seed"])
+        return iter(loader(stream, slices, **self.settings["loader"], pin=self.device.type == "cuda"))
+
+    def report(self, step: int, figures: Mapping[str, float]) -> None:
+        """Write and show figures; called on every rank, done on the main one."""
+        if distributed.is_main():
+            self.log.metrics(step, figures)
+            self.console.show(step, figures)
+
+    def at_boundary(self, progress: Progress, last: bool) -> None:
+        """After every step, on every rank: validate and save when it is time."""
+        validation, saving = self.settings["validation"], self.settings["checkpoint"]
+        improved = False
+        if distributed.is_main():
+            self.console.step(progress.step)
+        if _due(progress.step, validation["every"]) or progress.step == self.steps:
+            self.figures = self.validate(progress.step)
+            improved = self._note_best(progress.step)
+            self.report(progress.step, self.figures)
+        overdue = saving["every_minutes"] and time.monotonic() - self.saved_at > 60 * saving["every_minutes"]
+        # Clocks differ between ranks; the main process's decides.
+        overdue = distributed.gather(bool(overdue))[0] if saving["every_minutes"] else False
+        if last or overdue or _due(progress.step, saving["every"]) or (improved and saving["keep_best"]):
+            self.save(progress, final=last)
+            if improved and saving["keep_best"] and distributed.is_main():
+                self.export(self.folder / "export" / "best")
+
+    def _note_best(self, step: int) -> bool:
+        """Whether this validation is the best so far, by `validation.metric`."""
+        settings = self.settings["validation"]
+        name = f"validation/{settings['metric']}"
+        if name not in self.figures:
+            raise UserError(
+                f"validation.metric={settings['metric']} is not measured; there are "
+                f"{', '.join(sorted(n.removeprefix('validation/') for n in self.figures))}"
+            )
+        value, sign = self.figures[name], 1 if settings["higher_is_better"] else -1
+        if self.best is not None and sign * value <= sign * self.best["value"]:
+            return False
+        self.best = {"step": step, "value": value}
+        return True
+
+    def validate(self, step: int) -> dict[str, float]:
+        """Figures of the held-out clips with the averaged weights, named "validation/…"; the same on every rank."""
+        settings = self.settings["validation"]
+        folder = self.folder / "samples" / f"step_{step:08d}"
+        self.network.eval()
+        with self.average.applied():
+            figures = validate(
+                self.wrapped,
+                self.encoder,
+                self.loss,
+                self.sampler,
+                Stream(self.held_out, SEED, shuffle=False),
+                clips=settings["clips"],
+                batch_size=self.settings["batch_size"],
+                device=self.device,
+                folder=folder,
+                fps=settings["fps"],
+            )
+        self.policy.train_mode(self.network)
+        if distributed.is_main():
+            for path in sorted(folder.glob("*.png")):
+                self.log.picture(step, f"validation/{path.stem}", path)
+        return {f"validation/{name}": value for name, value in figures.items()}
+
+    def save(self, progress: Progress, final: bool) -> None:
+        """Write a checkpoint, in the background if asked; a final save that fails ends the run with it."""
+        self._settle_save()
+        state = self.strategy.full_state()
+        if distributed.is_main():
+            parts = {
+                "network": weights.trained_state(self.network, state),
+                "optimizer": optimizers.moments(self.optimizer),
+                "loss": self.loss.state_dict(),
+                "ema": self.average.average,
+            }
+            # Copied now: training goes on while the file is written.
+            copies = {part: {n: t.detach().to("cpu", copy=True) for n, t in ts.items()} for part, ts in parts.items()}
+            about = {
+                **progress._asdict(),
+                "global_batch": self.global_batch,
+                "world_size": distributed.world_size(),
+                "strategy": self.strategy.state(),
+                "best": self.best,
+                "tracker_id": self.tracker_id,
+            }
+            self.saving = (progress.step, self.writer.submit(self._write, progress.step, copies, about))
+        else:
+            self.saving = (progress.step, None)
+        self.saved_at = time.monotonic()
+        if final or not self.settings["checkpoint"]["background"]:
+            self._settle_save(final)
+
+    def _write(self, step: int, parts: Mapping[str, Mapping[str, Tensor]], about: Mapping[str, Any]) -> None:
+        saving = self.settings["checkpoint"]
+        checkpoint.save(self.folder, step, parts, about)
+        best = int(about["best"]["step"]) if about["best"] and saving["keep_best"] else None
+        checkpoint.retain(self.folder, saving["keep_last"], saving["keep_every"], best)
+
+    def _settle_save(self, final: bool = False) -> None:
+        """Wait for the save under way; every rank learns whether it worked."""
+        if self.saving is None:
+            return
+        (step, written), self.saving = self.saving, None
+        # A full disk is an OSError, a RuntimeError or a SafetensorError, by the writer; all are faults of the save.
+        problem = written.exception() if written is not None else None
+        error = distributed.gather(f"{type(problem).__name__}: {problem}" if problem else None)[0]
+        self.save_failures.see(step, error)
+        if final and error is not None:
+            raise faults.TooManyFaults(f"the final checkpoint could not be saved: {error}")
+
+    def export(self, folder: Path) -> list[Path]:
+        """Write what the ecosystem reads, with the averaged weights where there are any."""
+        with self.average.applied():
+            state: dict[str, Tensor] = self.strategy.full_state()
+        return self.network.export(folder, state)
+
+    def _try_export(self) -> None:
+        """An export that would fail after days fails now."""
+        if distributed.is_main():
+            trial = self.folder / "export" / ".trial"
+            self.export(trial)
+            shutil.rmtree(trial)
+
+    def finish(self, progress: Progress) -> int:
+        """Export and mark the run as finished, or say how to go on."""
+        if not distributed.is_main():
+            return faults.EXIT_FINISHED if progress.step == self.steps else faults.EXIT_STOPPED
+        self.console.close()
+        if progress.step < self.steps:
+            self.log.finish()
+            log.info("stopped on request at step %d; the same command goes on from here", progress.step)
+            return faults.EXIT_STOPPED
+        exported = self.export(self.folder / "export")
+        self.log.finish()
+        curves = report.curves(self.folder)
+        marker = {"step": progress.step, "figures": self.figures, "best": self.best}
+        run_folder.write_json(self.folder / "finished", marker)
+        log.info(report.where_to_look(self.folder, exported, curves, self.figures))
+        return faults.EXIT_FINISHED
+
+
+def _due(step: int, every: int | None) -> bool:
+    return bool(every) and step % every == 0
+
+
+def _die_with_parent() -> None:
+    """Ask Linux for a SIGTERM when the parent is killed, so that no orphan goes on writing into the run's folder."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+def main(path: Path) -> int:
+    """Run one process on a resolved config; returns its exit code."""
+    _die_with_parent()
+    tracking.silence_telemetry()
+    settings, folder = config.load_resolved(path), path.parent
+    try:
+        with faults.stop_on_signals() as stop:
+            return Run(settings, folder).train(stop)
+    except UserError as mistake:
+        log.error("%s", mistake)
+        return faults.EXIT_MISTAKE
+    except faults.TooManyFaults as fault:
+        log.error("%s", fault)
+        return faults.EXIT_FAULT
+    except Exception:
+        log.error("%s", traceback.format_exc())
+        return faults.EXIT_FAULT
+    finally:
+        distributed.close()
+
+
+if __name__ == "__main__":
+    from vireo.console import set_up_logging
+
+    set_up_logging(Path(sys.argv[1]).parent / "train.log")
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,114 @@
+import errno
+import json
+import shutil
+
+import pytest
+import torch
+
+from vireo import checkpoint
+from vireo.errors import UserError
+
+PARTS = {"network": {"a": torch.arange(6.0), "b": torch.ones(2, 2)}, "ema": {}, "optimizer": {"a|step": torch.tensor(3.0)}}
+
+
+def save(folder, *steps):
+    for step in steps:
+        checkpoint.save(folder, step, PARTS, {"position": 2 * step})
+
+
+def test_round_trip(tmp_path):
+    save(tmp_path, 5)
+    found = checkpoint.latest(tmp_path)
+    assert found is not None and found.step == 5 and found.state == {"position": 10}
+    assert torch.equal(found.tensors("network")["a"], PARTS["network"]["a"])
+    assert found.tensors("ema") == {} and found.tensors("optimizer")["a|step"] == 3
+
+
+def test_the_newest_is_by_number_not_by_time(tmp_path):
+    save(tmp_path, 10, 200, 9)
+    found = checkpoint.latest(tmp_path)
+    assert found is not None and found.step == 200
+    assert checkpoint.steps(tmp_path) == [9, 10, 200]
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda folder: flip(folder / "network.safetensors"), "SHA-256"),
+        (lambda folder: cut(folder / "network.safetensors"), "cut off"),
+        (lambda folder: (folder / "optimizer.safetensors").unlink(), "missing"),
+        (lambda folder: (folder / "manifest.json").unlink(), "manifest.json is missing"),
+        (lambda folder: cut(folder / "manifest.json"), "damaged manifest"),
+        (lambda folder: (folder / "manifest.json").write_text("[]"), "damaged manifest"),
+    ],
+)
+def test_a_damaged_one_is_named_and_the_one_before_is_taken(tmp_path, caplog, damage, says):
+    save(tmp_path, 1, 2)
+    folder = checkpoint.folder_of(tmp_path, 2)
+    damage(folder)
+    with pytest.raises(UserError, match=says):
+        checkpoint.verify(folder)
+    found = checkpoint.latest(tmp_path)
+    assert found is not None and found.step == 1
+    assert says in caplog.text and "step_00000002" in caplog.text
+
+
+def test_a_manifest_cannot_point_out_of_its_folder(tmp_path):
+    save(tmp_path, 1)
+    path = checkpoint.folder_of(tmp_path, 1) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"]["../../../secret"] = {"size": 1, "sha256": ""}
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="missing"):
+        checkpoint.verify(path.parent)
+
+
+@pytest.mark.parametrize("when", ["write", "rename"])
+def test_a_save_that_fails_leaves_nothing_that_looks_complete(tmp_path, monkeypatch, when):
+    save(tmp_path, 1)
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(*(("safetensors.torch.save_file", full) if when == "write" else ("pathlib.Path.rename", full)))
+    with pytest.raises(OSError, match="No space"):
+        save(tmp_path, 2)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
+
+
+def test_too_little_space_is_found_before_writing(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))
+    with pytest.raises(OSError, match="MiB free"):
+        save(tmp_path, 1)
+
+
+def test_leftovers_of_killed_processes_are_removed(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / "checkpoints" / ".step_00000002.tmp-77").mkdir()
+    checkpoint.clean(tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
+
+
+def test_retention_keeps_the_newest_the_best_and_the_multiples(tmp_path):
+    save(tmp_path, 10, 20, 30, 40, 50)
+    assert checkpoint.retain(tmp_path, keep_last=1, keep_every=20, best=10) == [30]
+    assert checkpoint.steps(tmp_path) == [10, 20, 40, 50]
+    assert checkpoint.retain(tmp_path, keep_last=0, keep_every=None, best=None) == [10, 20, 40]
+
+
+def test_an_explicit_checkpoint_must_exist(tmp_path):
+    with pytest.raises(UserError, match="not a checkpoint"):
+        checkpoint.find(tmp_path, str(tmp_path / "nowhere"))
+    assert checkpoint.find(tmp_path, "auto") is None
+    save(tmp_path, 3)
+    assert checkpoint.find(tmp_path, "none") is None

@@ -1,0 +1,117 @@
+"""Two processes equal one. Both ranks are started once (gloo) and do everything in turn."""
+
+import os
+import pickle
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+TASKS = """
+import pickle, sys
+import torch
+from torch import nn
+from tests.test_training import losses, run
+from tests.toys import Denoise
+from vireo import distributed
+
+torch.set_num_threads(1)
+
+class PoisonedOnOneRank(Denoise):
+    def __call__(self, network, batch, draws):
+        objective = super().__call__(network, batch, draws)
+        poison = float("nan") if draws.step == 2 and distributed.rank() == 1 else 1.0
+        return objective._replace(total=objective.total * poison)
+
+network, average, figures, progress = run(batch_size=2)
+result = {"losses": losses(figures), "weights": [p.detach() for p in network.parameters()], "progress": tuple(progress)}
+result["average"] = list(average.average.values())
+
+network, _, figures, progress = run(batch_size=1, accumulation=2)
+result["accumulated"] = losses(figures)
+
+network, _, figures, progress = run(batch_size=2, loss=PoisonedOnOneRank())
+result["poisoned"] = [p.detach() for p in network.parameters()]
+result["skipped"] = progress.skipped
+
+rank = distributed.rank()
+result["vote"] = distributed.vote(1 << rank)
+result["gather"] = distributed.gather(f"rank {rank}")
+result["mean"] = distributed.average({"b": float(rank), "a": 1.0})
+layer = nn.Linear(2, 1, bias=False)
+layer.weight.grad = torch.full((1, 2), float(rank))
+distributed.average_gradients(list(layer.parameters()))
+result["gradient"] = layer.weight.grad
+distributed.close()
+pickle.dump(result, open(f"{sys.argv[1]}/rank{rank}.pkl", "wb"))
+"""
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What each of two ranks found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    root = Path(__file__).parents[1]
+    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    common["PYTHONPATH"] = f"{root}:{root / 'src'}"
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", TASKS, str(folder)],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for child in children:
+        output, _ = child.communicate(timeout=120)
+        assert child.returncode == 0, output
+    return [pickle.loads((folder / f"rank{rank}.pkl").read_bytes()) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def one():
+    from tests.test_training import losses, run
+    from vireo import distributed
+
+    network, average, figures, _ = run(batch_size=4)
+    distributed.close()
+    return losses(figures), list(network.parameters()), list(average.average.values())
+
+
+def test_two_ranks_equal_one_with_the_same_global_batch(ranks, one):
+    for rank in ranks:
+        torch.testing.assert_close(rank["losses"], one[0], rtol=2e-6, atol=0)
+        for here, alone in zip(rank["weights"] + rank["average"], one[1] + one[2], strict=True):
+            torch.testing.assert_close(here, alone.detach(), rtol=1e-5, atol=1e-7)
+    assert ranks[0]["progress"] == (6, 24, 0)
+
+
+def test_so_do_two_ranks_that_accumulate(ranks, one):
+    torch.testing.assert_close(ranks[0]["accumulated"], one[0], rtol=2e-6, atol=0)
+
+
+def test_the_ranks_are_bitwise_equal(ranks):
+    for name in ("weights", "poisoned", "average"):
+        assert all(torch.equal(a, b) for a, b in zip(ranks[0][name], ranks[1][name], strict=True))
+    assert ranks[0]["losses"] == ranks[1]["losses"]
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_both(ranks):
+    assert ranks[0]["skipped"] == ranks[1]["skipped"] == 1
+    assert all(torch.isfinite(p).all() for p in ranks[0]["poisoned"])
+
+
+def test_votes_and_means(ranks):
+    for rank in ranks:
+        assert rank["vote"] == 0b11
+        assert rank["gather"] == ["rank 0", "rank 1"]
+        assert rank["mean"] == {"a": 1.0, "b": 0.5}
+        assert torch.equal(rank["gradient"], torch.full((1, 2), 0.5))
