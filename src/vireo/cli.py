@@ -3,6 +3,7 @@
 import importlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from vireo import config, faults
 from vireo.errors import UserError
@@ -53,10 +54,12 @@ def train() -> int:
 
     config.register()
     jobs: list[launch.Job] = []
+    sweep: list[Path | None] = [None]
 
     @hydra.main(version_base="1.3", config_path=str(config.conf_dir()), config_name="config")
     def task(composed: DictConfig) -> float | None:
         stopped = any(job.exit_code == faults.EXIT_STOPPED for job in jobs)
+        sweep[0] = launch.sweep_folder()
         jobs.append(launch.job(composed, stopped))
         return jobs[-1].best
 
@@ -66,4 +69,4 @@ def train() -> int:
     except UserError as mistake:
         print(mistake, file=sys.stderr)
         return faults.EXIT_MISTAKE
-    return launch.conclude(jobs)
+    return launch.conclude(jobs, sweep[0])

@@ -47,11 +47,15 @@ def job(composed: DictConfig, stopped: bool = False) -> Job:
         return Job(overrides, None, faults.EXIT_MISTAKE, message=str(mistake))
 
 
-def conclude(jobs: Sequence[Job]) -> int:
-    """The worst exit code; after a sweep also its table, as text and CSV, and all curves in one picture."""
+def sweep_folder() -> Path | None:
+    """Where the running Hydra app keeps its sweep; None for a single run."""
     hydra = HydraConfig.get()
-    if hydra.mode == RunMode.MULTIRUN:
-        folder = Path(hydra.sweep.dir)
+    return Path(hydra.sweep.dir) if hydra.mode == RunMode.MULTIRUN else None
+
+
+def conclude(jobs: Sequence[Job], folder: Path | None) -> int:
+    """The worst exit code; of a sweep also its table, as text and CSV, and all curves in one picture."""
+    if folder is not None:
         rows = [_row(number, one) for number, one in enumerate(jobs)]
         print(f"\n{report.table(rows)}")
         report.write_csv(rows, folder / "sweep.csv")

@@ -27,7 +27,7 @@ from vireo.freezing import parameter_table
 from vireo.training import Progress, train
 from vireo.validation import SEED, validate
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("vireo.worker")  # its __name__ is __main__
 
 
 class Run:
