@@ -1,0 +1,1 @@
+"""What is shown and scored in validation, one file per kind of output."""
