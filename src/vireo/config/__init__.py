@@ -1,0 +1,38 @@
+"""Configs: composed from YAML files and `key=value` words, validated before anything heavy is imported, resolved.
+
+schema          what vireo itself reads: names, types, meanings, defaults
+search          where the YAML files are
+composition     words -> config; mistakes that Hydra cannot compose, told in one message
+validation      all mistakes of a composed config (knobs, targets, sizes, defaults lists, interpolations)
+signatures      what a `_target_` takes, read from its source
+resolution      config -> plain settings, and their file
+identity        hash, name and folder of a run; what may differ when it goes on
+instantiation   settings -> objects
+describe        help texts, a run's first lines
+"""
+
+from vireo.config.composition import compose, explain_mistakes, problems
+from vireo.config.describe import banner, describe_experiments, experiments, public
+from vireo.config.identity import config_hash, differences, run_folder, run_name
+from vireo.config.instantiation import instantiate
+from vireo.config.problems import Problem, report
+from vireo.config.resolution import (
+    change,
+    from_text,
+    load_resolved,
+    outputs_folder,
+    resolve,
+    save_resolved,
+    settings,
+    settled,
+    to_text,
+)
+from vireo.config.search import conf_dir, register
+from vireo.config.validation import validate
+
+__all__ = [
+    "Problem", "banner", "change", "compose", "conf_dir", "config_hash", "describe_experiments", "differences",
+    "experiments", "explain_mistakes", "from_text", "instantiate", "load_resolved", "outputs_folder",
+    "problems", "public", "register", "report", "resolve", "run_folder", "run_name", "save_resolved", "settings",
+    "settled", "to_text", "validate",
+]  # fmt: skip

@@ -1,0 +1,142 @@
+"""What makes two configs the same run: the hash, the name and the folder of a run, and what may differ in a resume."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+# Nothing of this changes what a run learns: where and on how many processes it runs, what is looked at and kept, how
+# it is called. (The size is in its numbers; `interpolations` only says where values come from.)
+NOT_PART_OF_A_RUN = (
+    "run", "resume", "notes", "tags", "allow_changes", "allow_targets", "interpolations", "machine", "mini_of",
+    "launcher", "strategy", "logging", "tracker", "validation", "checkpoint", "loader", "faults",
+    "paths.outputs", "model.sampler", "model.checks",
+)  # fmt: skip
+LENGTH = ("steps", "epochs")
+DIGITS = 8  # of the hash: 32 bits, for the few runs of one experiment
+LONGEST_NAME = 60
+
+
+def config_hash(resolved: dict[str, Any]) -> str:
+    """Eight hexadecimal digits of everything in a resolved config that shapes the result.
+
+    The same on every machine, whatever the order of keys; in the mini size also wherever the mini world lies.
+    """
+    text = json.dumps(_facts(resolved), sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=DIGITS // 2).hexdigest()
+
+
+def run_name(overrides: Sequence[str], resolved: dict[str, Any]) -> str:
+    """The name of a run's folder: its size, the overrides in short, the hash. Letters, digits, - _ . ; at most 60.
+
+    Overrides that do not shape the result are left out, the rest is sorted, so the order of words does not matter.
+    """
+    parts = [str(resolved["size"]), *sorted(_short(word, resolved) for word in overrides if _shapes(word))]
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join(parts))
+    digest = config_hash(resolved)
+    return f"{name[: LONGEST_NAME - DIGITS - 1].rstrip('._-')}-{digest}"
+
+
+def run_folder(resolved: dict[str, Any]) -> Path:
+    """`<outputs>/<experiment>/<run>`."""
+    return Path(resolved["paths"]["outputs"]) / resolved["experiment"] / resolved["run"]
+
+
+def named(resolved: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The config with its run's name, unless it has one.
+
+    A folder with the same hash is the same run, even if it was started with other words for the same values.
+    """
+    if resolved["run"] is not None:
+        return resolved
+    name = run_name(overrides, resolved)
+    beside = Path(resolved["paths"]["outputs"]) / resolved["experiment"]
+    same = sorted(path.name for path in beside.glob(f"*-{config_hash(resolved)}"))
+    return {**resolved, "run": name if name in same or not same else same[0]}
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], allow_changes: Sequence[str] = ()) -> list[str]:
+    """What of a run's config may not differ when it goes on, and does: one line each.
+
+    Free to differ are the length, everything that does not shape the result, and the keys (or nodes) of allow_changes.
+    """
+    before, now = _facts(old), _facts(new)
+    lines = []
+    for key in sorted(before.keys() | now.keys()):
+        if _within(key, [*LENGTH, *allow_changes]) or before.get(key, _NONE) == now.get(key, _NONE):
+            continue
+        lines.append(f"{key}: {_shown(before, key)} in the run, {_shown(now, key)} now")
+    return lines
+
+
+_NONE = object()
+
+
+def _shown(facts: dict[str, Any], key: str) -> str:
+    return json.dumps(facts[key]) if key in facts else "nothing"
+
+
+def _facts(resolved: dict[str, Any]) -> dict[str, Any]:
+    """Flat values by dotted key, only what shapes the result; folders inside values by their name in `paths`."""
+    paths = resolved["paths"]
+    facts = {key: value for key, value in _flat(resolved) if not _within(key, NOT_PART_OF_A_RUN)}
+    for folder in ("data", "weights"):
+        root = paths.get(folder)
+        for key, value in facts.items():
+            if root and isinstance(value, str) and key != f"paths.{folder}":
+                facts[key] = _below(value, root, f"${{paths.{folder}}}")
+        if resolved["size"] == "mini" and root and _is_mini_world(root):
+            facts[f"paths.{folder}"] = "mini"
+    return facts
+
+
+def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of nested dicts; lists are leaves, and so is an empty dict. 2.0 and 2 are one number."""
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _within(key: str, nodes: Sequence[str]) -> bool:
+    return any(key == node or key.startswith(f"{node}.") for node in nodes)
+
+
+def _below(value: str, root: str, name: str) -> str:
+    return name + value[len(root) :] if value == root or value.startswith(f"{root}/") else value
+
+
+def _is_mini_world(root: str) -> bool:
+    return re.search(r"/vireo/mini-[^/]+/(data|weights)$", root) is not None
+
+
+def _shapes(override: str) -> bool:
+    """Whether an override is worth a place in the run's name."""
+    key = override.partition("=")[0].lstrip("+~")
+    return key not in ("experiment", "size") and not key.startswith("hydra") and not _within(key, NOT_PART_OF_A_RUN)
+
+
+def _short(override: str, resolved: dict[str, Any]) -> str:
+    """ "model.network.variant=taew2_1" in short: "variant-taew2_1"; "~model.checks" as "no-checks".
+
+    Numbers are written in one way: lr=1e-4 and lr=0.0001 are the same run.
+    """
+    key, _, value = override.partition("=")
+    name = key.lstrip("+~").rpartition(".")[2]
+    if key.startswith("~"):
+        return f"no-{name}"
+    meant = dict(_flat(resolved)).get(key.lstrip("+"))
+    if isinstance(meant, int | float) and not isinstance(meant, bool):
+        value = f"{meant:g}"
+    return f"{name}-{value.strip('[]{}')}"

@@ -1,0 +1,119 @@
+"""From a composed config to the plain values that a run is made of, and their file."""
+
+import copy
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from vireo.config import identity, interpolation, places, targets
+from vireo.config.composition import apply, compose
+from vireo.config.problems import Problem, report
+from vireo.config.validation import validate
+from vireo.errors import UserError
+
+
+def settings(overrides: Sequence[str]) -> dict[str, Any]:
+    """Composed, validated and resolved: what a run with these words is made of. Raises UserError with all mistakes."""
+    return settled(compose(overrides), overrides)
+
+
+def settled(cfg: DictConfig, overrides: Sequence[str] | None = None) -> dict[str, Any]:
+    """A composed config as the settings of a run: validated, resolved, with its run's name.
+
+    overrides: the words it was composed from; None asks the running Hydra app. Raises UserError with all mistakes.
+    """
+    words = list(HydraConfig.get().overrides.task) if overrides is None else list(overrides)
+    problems = validate(cfg, words)
+    if problems:
+        raise UserError(report(problems))
+    return identity.named(resolve(cfg), words)
+
+
+def outputs_folder() -> Path:
+    """Where runs lie if nobody says otherwise on the command line."""
+    return Path(compose().paths.outputs).expanduser()
+
+
+def resolve(cfg: DictConfig) -> dict[str, Any]:
+    """Plain values, everything interpolated, folders absolute.
+
+    `interpolations` keeps which value followed from which other, {"data.num_frames": "${num_frames}"}, so that one can
+    be changed later and the others follow. Raises UserError for what is missing, cannot be resolved, or is secret.
+    """
+    _, problems = interpolation.expand(cfg, dict)
+    problems += [Problem(key, "has no value") for key in sorted(OmegaConf.missing_keys(cfg))]
+    if problems:
+        raise UserError(report(problems))
+    written = interpolation.unresolved(cfg)
+    cfg = cfg.copy()
+    for name, folder in cfg.paths.items():
+        cfg.paths[name] = folder and str(Path(folder).expanduser().absolute())
+    resolved: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)  # type: ignore[assignment]
+    del resolved["machine"]  # its folders are in `paths` now
+    resolved["interpolations"] = {
+        key: text for key, text in interpolation.strings(written) if "${" in text and ":" not in text
+    }
+    return resolved
+
+
+def change(resolved: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Resolved settings with some values changed and all that follows from them: `data.root` from `paths.data`.
+
+    Groups cannot be chosen anew. Raises UserError with everything that is wrong with the words or the result.
+    """
+    tree: Any = copy.deepcopy({key: value for key, value in resolved.items() if key != "interpolations"})
+    for key, text in resolved["interpolations"].items():
+        *path, last = key.split(".")
+        parent = functools.reduce(_child, path, tree)
+        parent[int(last) if isinstance(parent, list) else last] = text
+    cfg = OmegaConf.create({**tree, "machine": {}})
+    problems = list(apply(overrides, cfg))
+    if not problems:
+        problems = validate(cfg, [f"size={resolved['size']}", *overrides])
+    if problems:
+        raise UserError(report(problems))
+    return resolve(cfg)
+
+
+def _child(node: Any, name: str) -> Any:
+    return node[int(name)] if isinstance(node, list) else node[name]
+
+
+def to_text(resolved: dict[str, Any]) -> str:
+    """Settings as YAML; `from_text` gives them back."""
+    return yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True, width=120)
+
+
+def from_text(text: str, name: str = "resolved.yaml") -> dict[str, Any]:
+    """Settings from YAML. Raises UserError for text that is no resolved config, or names objects that none may name."""
+    try:
+        resolved = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{name} is not valid YAML: {error}") from None
+    if not isinstance(resolved, dict) or not {"experiment", "paths", "interpolations"} <= resolved.keys():
+        raise UserError(f"{name} is not the resolved config of a run")
+    strangers = targets.strangers(resolved)
+    if strangers:
+        raise UserError(f"{name} calls {', '.join(strangers)}, which no config may call (see allow_targets)")
+    return resolved
+
+
+def save_resolved(resolved: dict[str, Any], path: Path) -> None:
+    """Write a resolved config, at once: a reader sees the old or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary.write_text(to_text(resolved), encoding="utf-8")
+    temporary.replace(path)
+
+
+def load_resolved(path: Path) -> dict[str, Any]:
+    """Read what `save_resolved` wrote. Raises UserError for a missing file or one that holds something else."""
+    try:
+        return from_text(path.read_text(encoding="utf-8"), places.short(path))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None

@@ -1,0 +1,80 @@
+"""All mistakes of a composed config at once, before anything heavy is imported."""
+
+import functools
+import importlib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from vireo.config import defaults_lists, interpolation, knobs, places, sizes, targets
+from vireo.config.interpolation import Absent
+from vireo.config.problems import Problem, keys, nearest_key
+
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def validate(cfg: DictConfig, overrides: Sequence[str] = ()) -> list[Problem]:
+    """Everything that is wrong with a composed config, with the places where it was written; empty if nothing is.
+
+    overrides: the words it was composed from. Files are looked at, nothing is imported but the model's own checks.
+    """
+    choices = functools.cache(lambda: places.choices(overrides))
+    files = functools.cache(lambda: places.sources(overrides))
+    values, problems = interpolation.expand(cfg, choices)
+    problems += defaults_lists.check()
+    problems += knobs.check(values)
+    problems += targets.check(values)
+    problems += _check_run(values)
+    problems += sizes.check(values, interpolation.unresolved(cfg), overrides, choices)
+    if not problems:
+        problems += _model_checks(values)
+    first = {problem.key or problem.message: problem for problem in reversed(problems)}  # one for each key
+    return [
+        problem if problem.place else Problem(problem.key, problem.message, places.place(problem.key, overrides, files))
+        for problem in reversed(first.values())
+    ]
+
+
+def _check_run(values: dict[str, Any]) -> Iterator[Problem]:
+    """What is wrong between keys: how long, how many at a time, what goes on from where."""
+    known = {key: value for key, value in values.items() if not isinstance(value, Absent)}
+    steps, epochs = known.get("steps"), known.get("epochs")
+    if steps is None and epochs is None and "steps" in known:
+        yield Problem("steps", "has no value, nor has epochs: say how long to train")
+    if steps is not None and epochs is not None:
+        yield Problem("epochs", f"is {epochs} and steps is {steps}: give one of them, steps=null epochs={epochs}")
+    processes, strategy = known.get("launcher", {}).get("processes"), known.get("strategy")
+    if isinstance(processes, str) and processes != "auto" and not processes.isdigit():
+        yield Problem("launcher.processes", f"is {processes!r}; expected a whole number or auto")
+    if isinstance(strategy, dict) and strategy.get("processes") == "one" and processes not in (1, "1"):
+        message = f"is {processes}, and strategy=single runs one process: choose strategy=ddp"
+        yield Problem("launcher.processes", message)
+    run, resume = known.get("run"), known.get("resume")
+    if isinstance(run, str) and not RUN_NAME.fullmatch(run):
+        yield Problem("run", f"is {run!r}; expected letters, digits and - _ . only: it names a folder")
+    if isinstance(resume, str) and resume not in ("auto", "none") and not (Path(resume) / "manifest.json").is_file():
+        yield Problem("resume", f"is {resume!r}; expected auto, none, or the folder of a checkpoint (there is none)")
+    init_from = known.get("init_from")
+    if isinstance(init_from, str) and not Path(init_from).expanduser().exists():
+        yield Problem("init_from", f"is {init_from!r}, which does not exist; expected a run, an export or a file")
+    for key in known.get("allow_changes") or ():
+        if key not in set(keys(values)):
+            near = nearest_key(key, values)
+            yield Problem("allow_changes", f"names {key}, which is no key.{f' Did you mean {near}?' if near else ''}")
+
+
+def _model_checks(values: dict[str, Any]) -> Iterator[Problem]:
+    """`model.checks.<key>` are functions that raise ValueError if the config does not suit the model.
+
+    They are named after the key that they judge, take plain values, and stand in modules that import nothing heavy.
+    """
+    for key, node in (values["model"].get("checks") or {}).items():
+        module, _, name = node["_target_"].rpartition(".")
+        arguments = {k: v for k, v in node.items() if k not in targets.HYDRA_KEYS}
+        try:
+            getattr(importlib.import_module(module), name)(**arguments)
+        except ValueError as error:
+            yield Problem(key, str(error))

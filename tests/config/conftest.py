@@ -1,0 +1,32 @@
+"""Each test composes from a copy of conf/ in its own folder, without this machine's settings."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vireo import config
+from vireo.config import places
+from vireo.config.search import searching
+
+
+@pytest.fixture(autouse=True)
+def conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    for name in ("VIREO_DATA", "VIREO_WEIGHTS", "VIREO_OUTPUTS", "VIDEO_TRAIN_PROCESSES", "HYDRA_FULL_ERROR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "conf"
+    shutil.copytree(config.conf_dir(), folder, ignore=shutil.ignore_patterns("default.yaml"))
+    places._tree.cache_clear()
+    with searching(folder):
+        yield folder
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> list[str]:
+    """The words of size=full with folders in which everything that the shipped recipes read is there."""
+    for name in ("data", "weights/taehv"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "weights/taehv/taecvx.safetensors").touch()
+    return ["size=full", "paths.data=data", "paths.weights=weights"]

@@ -1,0 +1,145 @@
+"""The shipped YAML files: every experiment works in both sizes, and each file keeps the rules of the tree."""
+
+import typing
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vireo import config
+from vireo.config.schema import Config
+
+FILES = sorted(path.relative_to(config.conf_dir()) for path in config.conf_dir().rglob("*.yaml"))
+FILES = [path for path in FILES if path != Path("local/default.yaml")]
+
+
+def lines(path: Path) -> list[str]:
+    return (config.conf_dir() / path).read_text().splitlines()
+
+
+def content(path: Path) -> dict:
+    return yaml.safe_load((config.conf_dir() / path).read_text())
+
+
+def test_the_tree_is_not_empty():
+    assert len(FILES) > 20 and config.experiments() == ["taehv"]
+
+
+@pytest.mark.parametrize("experiment", config.experiments())
+@pytest.mark.parametrize("size", ["mini", "full"])
+def test_experiments_compose_validate_and_resolve(experiment, size, full):
+    words = [f"experiment={experiment}", *(full if size == "full" else ["size=mini"])]
+    assert config.problems(words) == []
+    settings = config.settings(words)
+    assert settings["experiment"] == experiment and settings["size"] == size
+    assert config.from_text(config.to_text(settings)) == settings
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *[[f"schedule={name}"] for name in ("constant", "cosine", "linear")],
+        *[[f"freeze-policy={name}"] for name in ("all", "decoder", "encoder")],
+        *[[f"tracker={name}"] for name in ("none", "tensorboard", "wandb")],
+        ["strategy=single"],
+        ["optimizer=adamw"],
+        ["data=clips"],
+        ["debug=quick"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_other_options_validate_too(words):
+    assert config.problems(words) == []
+
+
+def test_freeze_policy_is_chosen_with_a_hyphen_and_changed_with_an_underscore():
+    assert config.settings(["freeze-policy=decoder"])["freeze_policy"]["train"] == [r"^decoder\."]
+    assert config.settings(['freeze_policy.train=["^encoder"]'])["freeze_policy"]["train"] == ["^encoder"]
+
+
+def test_a_size_changes_numbers_and_paths_and_nothing_else(full):
+    mini, real = config.settings([]), config.settings(full)
+    assert mini["model"]["network"]["_target_"] == real["model"]["network"]["_target_"]
+    assert (mini["steps"], mini["height"]) != (real["steps"], real["height"])
+    assert real["lr"] == 3e-4 and real["steps"] == 10000 and real["optimizer"]["betas"] == [0.9, 0.95]
+    assert real["batch_size"] * real["gradient_accumulation"] == 4 and real["max_grad_norm"] == 1.0
+
+
+def test_mini_network_is_the_one_whose_weights_are_shipped():
+    from vireo.mini.autoencoders import TAEHV_ARGUMENTS
+
+    network = config.settings([])["model"]["network"]
+    assert {key: network[key] for key in TAEHV_ARGUMENTS} == TAEHV_ARGUMENTS
+
+
+def test_the_command_line_wins_over_everything(full):
+    assert config.settings(["debug=quick", "steps=9"])["steps"] == 9
+    assert config.settings(["model.network.num_memblocks=2"])["model"]["network"]["num_memblocks"] == 2
+    assert config.settings([*full, "height=256"])["data"]["height"] == 256
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_files_are_short_and_say_what_they_are_for(path):
+    text = lines(path)
+    assert len(text) < 45 and max(map(len, text)) <= 120
+    comments = [line for line in text if line.startswith("# ") and not line.startswith("# @package")]
+    assert comments, "no comment says what the file is for"
+    if any("@package" in line for line in text):
+        assert text[0].startswith("# @package"), "Hydra reads the package from the very first line only"
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.parts[0] in ("experiment", "freeze-policy")], ids=str)
+def test_packages(path):
+    package = "_global_" if path.parts[0] == "experiment" else "freeze_policy"
+    assert lines(path)[0] == f"# @package {package}"
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.parts[0] == "experiment"], ids=str)
+def test_experiments_open_with_their_command_and_are_called_like_their_file(path):
+    assert lines(path)[1].startswith(f"# python train.py experiment={path.stem}")
+    assert content(path)["experiment"] == path.stem
+    assert config.describe_experiments()[path.stem]
+    mini = Path("sizes/mini/experiment") / path.name
+    assert content(mini)["mini_of"] == path.stem
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_own_values_come_after_those_of_other_files(path):
+    found = content(path)
+    others = [entry for entry in found.get("defaults", ()) if not str(next(iter(entry), "")).startswith("override")]
+    if len(found) > 1 and [entry for entry in others if entry != "_self_"] and path != Path("config.yaml"):
+        assert found["defaults"][-1] == "_self_"
+
+
+def leaves(tree: typing.Any, prefix: str = "") -> list[tuple[str, typing.Any]]:
+    if isinstance(tree, dict):
+        return [leaf for key, value in tree.items() for leaf in leaves(value, f"{prefix}{key}.")]
+    return [(prefix.rstrip("."), tree)]
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_no_boolean_where_text_is_meant(path):
+    """`precision: no` is false in YAML: booleans may stand only where the schema or the signature says bool."""
+    schema_bools = {
+        f"{name}.{inner}"
+        for name, node in typing.get_type_hints(Config).items()
+        if hasattr(node, "__dataclass_fields__")
+        for inner, hint in typing.get_type_hints(node).items()
+        if hint is bool
+    }
+    known = {*schema_bools, "_partial_", "find_unused_parameters", "job.chdir"}
+    for key, value in leaves(content(path)):
+        assert not isinstance(value, bool) or key in known, f"{key} is {value}"
+        assert not isinstance(key, bool)
+
+
+def test_every_default_of_the_schema_is_legal():
+    """Ranges and types of the schema hold for its own defaults."""
+    assert config.problems(["debug=quick"]) == []
+
+
+def test_nothing_of_a_machine_is_in_the_files():
+    for path in FILES:
+        for line in lines(path):
+            if path != Path("local/example.yaml"):
+                assert "/home/" not in line and "/root/" not in line and "/tmp/" not in line
