@@ -8,8 +8,8 @@ import itertools
 import sys
 
 import torch
-from paired import paired, verdict
 
+from paired import paired, verdict
 from vireo import config, distributed, faults, objects
 from vireo.distributed import Replicated
 from vireo.ema import ExponentialMovingAverage

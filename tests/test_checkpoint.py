@@ -8,7 +8,11 @@ import torch
 from vireo import checkpoint
 from vireo.errors import UserError
 
-PARTS = {"network": {"a": torch.arange(6.0), "b": torch.ones(2, 2)}, "ema": {}, "optimizer": {"a|step": torch.tensor(3.0)}}
+PARTS = {
+    "network": {"a": torch.arange(6.0), "b": torch.ones(2, 2)},
+    "ema": {},
+    "optimizer": {"a|step": torch.tensor(3.0)},
+}
 
 
 def save(folder, *steps):

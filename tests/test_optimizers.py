@@ -34,7 +34,9 @@ def test_names_are_readable():
     network = nn.Linear(3, 2)
     optimizer = make(network)
     step(network, optimizer)
-    assert set(moments(optimizer)) == {f"{n}|{k}" for n in ("weight", "bias") for k in ("step", "exp_avg", "exp_avg_sq")}
+    assert set(moments(optimizer)) == {
+        f"{n}|{k}" for n in ("weight", "bias") for k in ("step", "exp_avg", "exp_avg_sq")
+    }
 
 
 def test_foreign_moments_are_refused():

@@ -21,7 +21,16 @@ def fresh_process_state():
 
 
 def run(
-    steps=6, batch_size=2, accumulation=1, workers=0, loss=None, lr=0.01, schedule=None, skips=3, boundary=None, stop=None
+    steps=6,
+    batch_size=2,
+    accumulation=1,
+    workers=0,
+    loss=None,
+    lr=0.01,
+    schedule=None,
+    skips=3,
+    boundary=None,
+    stop=None,
 ):
     """Train the toy recipe; returns (network, average, reported figures, progress)."""
     strategy = distributed.Replicated(precision="fp32")

@@ -48,8 +48,8 @@ class Checkpoint(NamedTuple):
 def save(run_folder: Path, step: int, parts: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
     """Write the checkpoint of `step` and return its folder. Only one process calls this.
 
-    parts: tensors by part, on the CPU and not sharing memory. state: JSON values that a resume needs. Raises OSError (disk full, no permission) or
-    whatever the writer raises; nothing that looks like a checkpoint is left behind then.
+    parts: tensors by part, on the CPU and not sharing memory. state: JSON values that a resume needs. Raises OSError
+    (disk full, no permission) or whatever the writer raises; nothing that looks like a checkpoint is left behind then.
     """
     from safetensors.torch import save_file
 

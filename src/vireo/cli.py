@@ -27,7 +27,10 @@ def vireo() -> int:
         return train()
     if verb not in VERBS:
         lines = "\n".join(f"  vireo {name:<9} {about}" for name, about in VERBS.items())
-        print(f"vireo trains video models.\n\n{lines}\n\n`vireo <verb> --help` says more; `vireo train --help` lists the recipes.")
+        print(
+            f"vireo trains video models.\n\n{lines}\n\n"
+            "`vireo <verb> --help` says more; `vireo train --help` lists the recipes."
+        )
         return faults.EXIT_FINISHED if verb in ("--help", "-h", "help") else faults.EXIT_MISTAKE
     return run_verb(verb, words[1:])
 

@@ -44,9 +44,7 @@ class Console:
     def show(self, step: int, figures: Mapping[str, float]) -> None:
         """Show the figures of a step: loss, rate, speed, memory and time left, or a validation's results."""
         if "loss" not in figures:
-            names = [n for n in figures if n.startswith("validation/")]
-            values = "  ".join(f"{n.removeprefix('validation/')} {figures[n]:.4g}" for n in names)
-            self.write(f"step {step:>7}  validation: {values}")
+            self.write(f"step {step:>7}  held-out clips  {_validation(figures)}")
             return
         seconds = figures["seconds_per_step"]
         text = (
@@ -67,6 +65,19 @@ class Console:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+def _validation(figures: Mapping[str, float]) -> str:
+    """The prediction's figures, with the baselines' PSNRs beside its own."""
+    own = {name.removeprefix("validation/"): value for name, value in figures.items() if name.count("/") == 1}
+    others = {
+        parts[1]: value
+        for name, value in figures.items()
+        if (parts := name.split("/"))[-1] == "psnr" and len(parts) == 3
+    }
+    beside = "".join(f", {title} {value:.2f}" for title, value in others.items())
+    texts = [f"psnr {own.pop('psnr'):.2f} dB{f' ({beside[2:]})' if beside else ''}"] if "psnr" in own else []
+    return "  ".join([*texts, *(f"{name} {value:.4g}" for name, value in own.items())])
 
 
 def memory() -> str:

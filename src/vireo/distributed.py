@@ -5,6 +5,7 @@ group, the device, mixed precision and the DistributedDataParallel wrapper.
 """
 
 import os
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -166,7 +167,10 @@ class Replicated(Strategy):
         self.optimizer = optimizer
         # A flag turns the update away on the device; without kernel support the host has to look at each step.
         self.guards_on_device = getattr(optimizer, "_step_supports_amp_scaling", False)
-        self.wrapped: nn.Module = self.accelerator.prepare_model(network)
+        with warnings.catch_warnings():
+            # torch 2.13 renames an argument that torch 2.6 knows only by its old name.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            self.wrapped: nn.Module = self.accelerator.prepare_model(network)
         self.trained = [p for p in network.parameters() if p.requires_grad]
         return self.wrapped
 

@@ -56,26 +56,28 @@ def sweep_folder() -> Path | None:
 def conclude(jobs: Sequence[Job], folder: Path | None) -> int:
     """The worst exit code; of a sweep also its table, as text and CSV, and all curves in one picture."""
     if folder is not None:
-        rows = [_row(number, one) for number, one in enumerate(jobs)]
-        print(f"\n{report.table(rows)}")
-        report.write_csv(rows, folder / "sweep.csv")
-        runs = {" ".join(one.overrides): read_metrics(one.folder / "metrics.jsonl") for one in jobs if one.folder}
-        print(f"\ntable   {folder / 'sweep.csv'}\ncurves  {report.draw(runs, folder / 'curves.png')}")
+        common = set.intersection(*(set(one.overrides) for one in jobs)) if len(jobs) > 1 else set()
+        asked = [" ".join(word for word in one.overrides if word not in common) for one in jobs]
+        rows = [_row(number, one, words) for number, (one, words) in enumerate(zip(jobs, asked, strict=True))]
+        print(f"\n{report.table(rows)}\n\ntable   {report.write_csv(rows, folder / 'sweep.csv')}")
+        runs = {w: read_metrics(one.folder / "metrics.jsonl") for one, w in zip(jobs, asked, strict=True) if one.folder}
+        if runs:
+            print(f"curves  {report.draw(runs, folder / 'curves.png')}")
     return max((one.exit_code for one in jobs), default=faults.EXIT_FAULT)
 
 
-def _row(number: int, one: Job) -> dict[str, Any]:
+def _row(number: int, one: Job, words: str) -> dict[str, Any]:
     states = {faults.EXIT_FINISHED: "finished", faults.EXIT_STOPPED: "stopped", faults.EXIT_MISTAKE: "mistake"}
     about = report.state_of(one.folder) if one.folder else {}
     return {
         "job": number,
-        "overrides": " ".join(one.overrides),
+        "overrides": words,
         "state": states.get(one.exit_code, f"failed ({one.exit_code})"),
         "best": one.best,
         "loss": about.get("loss"),
         "steps": about.get("steps"),
         "seconds_per_step": about.get("seconds_per_step"),
-        "run": str(one.folder) if one.folder else (one.message.splitlines() or [""])[0],
+        "run": str(one.folder) if one.folder else one.message.partition("\n")[0],
     }
 
 
@@ -117,7 +119,9 @@ def _make_folder(settings: dict[str, Any]) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror}); choose another place with paths.outputs=…") from None
+        raise UserError(
+            f"{folder} cannot be written ({error.strerror}); choose another place with paths.outputs=…"
+        ) from None
     return folder
 
 

@@ -45,7 +45,8 @@ class Muon(torch.optim.Optimizer):
     ) -> None:
         split = []
         for group in groups:
-            hidden, others = [], []
+            hidden: list = []
+            others: list = []
             for name, parameter in group["params"]:
                 plain = parameter.ndim < 2 or any(re.search(pattern, name) for pattern in adamw)
                 (others if plain else hidden).append((name, parameter))
@@ -76,7 +77,9 @@ class Muon(torch.optim.Optimizer):
     def _adamw(self, parameter: Tensor, gradient: Tensor, state: dict, group: dict) -> None:
         """AdamW (Loshchilov and Hutter 2019) without the weight decay, which `step` has done."""
         if not state:
-            state.update(step=torch.zeros(()), exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
+            state.update(
+                step=torch.zeros(()), exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter)
+            )
         state["step"] += 1
         beta1, beta2 = group["betas"]
         state["exp_avg"].lerp_(gradient, 1 - beta1)

@@ -25,7 +25,9 @@ Settings = dict[str, Any]
 
 
 def strategy(settings: Settings) -> Strategy:
-    return config.instantiate(settings["strategy"], precision=settings["precision"], timeout=settings["launcher"]["timeout"])
+    return config.instantiate(
+        settings["strategy"], precision=settings["precision"], timeout=settings["launcher"]["timeout"]
+    )
 
 
 def dataset(settings: Settings, split: str) -> Dataset:

@@ -20,7 +20,7 @@ def adamw(
     The fused kernel can turn an update away by a flag on the device, so that a non-finite step needs no
     synchronisation with the host; torch has it for CPUs too.
     """
-    return torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, weight_decay=weight_decay, fused=True)
 
 
 def moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -65,7 +65,7 @@ class Draws:
         return torch.stack(rows).to(self.device)
 
 
-def order(seed: int, epoch: int, n: int) -> Tensor:
+def order(seed: object, epoch: int, n: int) -> Tensor:
     """The permutation of range(n) in which epoch `epoch` visits a dataset of n entries."""
     return torch.randperm(n, generator=generator(seed, "order", epoch))
 

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from vireo import checkpoint
-from vireo.run_folder import finished
+from vireo.run_folder import finished, is_locked
 from vireo.tracking import read_metrics
 
 PANELS = ("loss", "validation/psnr", "validation/loss", "grad_norm", "lr", "seconds_per_step")
 
 
 def curves(folder: Path) -> Path:
-    """Draw a run's metrics.jsonl into `<run>/curves.png`: one panel for each figure that was logged, baselines dashed."""
+    """Draw a run's metrics.jsonl into `<run>/curves.png`: a panel for each figure that was logged, baselines dashed."""
     rows = read_metrics(folder / "metrics.jsonl")
     return draw({folder.name: rows}, folder / "curves.png")
 
@@ -29,7 +29,9 @@ def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> Path:
     panels = [name for name in PANELS if any(name in row for rows in runs.values() for row in rows)]
     columns = min(3, max(1, len(panels)))
     lines = -(-max(1, len(panels)) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(4.6 * columns, 3.1 * lines), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(4.6 * columns, 3.1 * lines), squeeze=False, layout="constrained"
+    )
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for axis, panel in zip(axes.flat, panels, strict=False):
@@ -54,7 +56,7 @@ def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> Path:
 def _baselines(axis: Any, panel: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Horizontal lines for naive predictions: validation/<baseline>/psnr beside validation/psnr."""
     group, _, measure = panel.rpartition("/")
-    last = next((row for row in reversed(rows) if panel in row), {})
+    last: Mapping[str, Any] = next((row for row in reversed(rows) if panel in row), {})
     for number, name in enumerate(sorted(last)):
         parts = name.split("/")
         if len(parts) == 3 and parts[0] == group and parts[2] == measure:
@@ -66,15 +68,25 @@ def _baselines(axis: Any, panel: str, rows: Sequence[Mapping[str, Any]]) -> None
 def where_to_look(folder: Path, exported: Sequence[Path], picture: Path, figures: Mapping[str, float]) -> str:
     """The last words of a run."""
     samples = sorted((folder / "samples").glob("step_*"))
-    lines = ["finished. Where to look:", f"  curves       {picture}"]
+    lines = [f"\nheld-out clips:\n{comparison(figures)}\n", "Where to look:", f"  curves        {picture}"]
     if samples:
-        lines += [f"  side by side {samples[-1]}/*.mp4 and *.png"]
-    lines += [f"  metrics      {folder / 'metrics.jsonl'}"]
-    lines += [f"  export       {path}" for path in exported]
-    if figures:
-        lines += ["held-out clips:"]
-        lines += [f"  {name.removeprefix('validation/'):<28} {value:.4g}" for name, value in sorted(figures.items())]
+        lines.append(f"  side by side  {samples[-1]}/*.mp4, *.png")
+    lines.append(f"  metrics       {folder / 'metrics.jsonl'}")
+    lines += [f"  export        {path}" for path in exported]
     return "\n".join(lines)
+
+
+def comparison(figures: Mapping[str, float]) -> str:
+    """A table with a line for the prediction and one for each baseline, a column for each measure.
+
+    figures: "psnr" or "validation/psnr" of the prediction, "mean colour/psnr" of a baseline.
+    """
+    lines: dict[str, dict[str, float]] = {"prediction": {}}
+    for name, value in figures.items():
+        title, _, measure = name.removeprefix("validation/").rpartition("/")
+        lines.setdefault(title or "prediction", {})[measure] = value
+    measures = list(lines["prediction"])
+    return table([{"": title, **{measure: row.get(measure) for measure in measures}} for title, row in lines.items()])
 
 
 def state_of(folder: Path) -> dict[str, Any]:
@@ -87,7 +99,7 @@ def state_of(folder: Path) -> dict[str, Any]:
     seconds = [row["seconds_per_step"] for row in rows if "seconds_per_step" in row]
     return {
         "run": folder.name,
-        "state": "finished" if marker else ("stopped" if saved else "no checkpoint"),
+        "state": "running" if is_locked(folder) else "finished" if marker else "stopped" if saved else "no checkpoint",
         "steps": rows[-1]["step"] if rows else 0,
         "checkpoint": saved[-1] if saved else None,
         "best": best.get("value", max(psnr) if psnr else None),
@@ -104,7 +116,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     names = list(rows[0])
     cells = [names, *([_cell(row[name]) for name in names] for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
-    return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in cells)
+    return "\n".join(
+        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in cells
+    )
 
 
 def write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:

@@ -44,6 +44,19 @@ def lock(folder: Path) -> Iterator[int]:
         yield file.fileno()
 
 
+def is_locked(folder: Path) -> bool:
+    """Whether a run is going on in this folder."""
+    path = folder / ".lock"
+    if not path.exists():
+        return False
+    with open(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 def write_json(path: Path, content: Any) -> None:
     """Replace a JSON file at once: a reader sees the old or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
@@ -53,7 +66,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def environment() -> dict[str, Any]:
     """Versions, machine, command and git commit that a run was started with; no environment variables."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)

@@ -34,7 +34,7 @@ class Sampler(Protocol):
 class ClipScore(NamedTuple):
     """The measures of one held-out clip: {"psnr": …, "mean colour/psnr": …, "loss": …}."""
 
-    index: int
+    clip: int
     name: str
     measures: dict[str, float]
 
@@ -115,9 +115,9 @@ def validate(
     scores, shown = [], {}
     for score, columns in score_clips(network, encoder, loss, sampler, stream, mine, batch_size, device):
         scores.append(score)
-        if score.index < pictures:
-            shown[score.index] = columns
-    everything = {s.index: s for s in itertools.chain(*distributed.gather(scores))}
+        if score.clip < pictures:
+            shown[score.clip] = columns
+    everything = {s.clip: s for s in itertools.chain(*distributed.gather(scores))}
     if distributed.is_main():
         folder.mkdir(parents=True, exist_ok=True)
     distributed.barrier()

@@ -20,7 +20,9 @@ def trained_names(network: nn.Module) -> set[str]:
     for prefix, module in network.named_modules():
         own = list(module.named_parameters(recurse=False))
         if any(parameter.requires_grad for _, parameter in own):
-            persistent = [n for n, _ in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set]
+            persistent = [
+                n for n, _ in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set
+            ]
             learned = [n for n, parameter in own if parameter.requires_grad]
             names |= {f"{prefix}.{name}" if prefix else name for name in [*learned, *persistent]}
     return names

@@ -38,7 +38,11 @@ class Run:
         self.strategy = objects.strategy(settings)
         self.device = self.strategy.device
         self.dataset, self.held_out = objects.dataset(settings, "train"), objects.dataset(settings, "validation")
-        self.encoder, self.loss, self.sampler = objects.encoder(settings), objects.loss(settings), objects.sampler(settings)
+        self.encoder, self.loss, self.sampler = (
+            objects.encoder(settings),
+            objects.loss(settings),
+            objects.sampler(settings),
+        )
         self.network, self.policy = objects.network(settings), objects.freeze_policy(settings)
         self.policy(self.network)
         groups = self.policy.groups(self.network, settings["lr"])
@@ -269,9 +273,8 @@ class Run:
 
     def export(self, folder: Path) -> list[Path]:
         """Write what the ecosystem reads, with the averaged weights where there are any."""
-        with self.average.applied():
-            state: dict[str, Tensor] = self.strategy.full_state()
-        return self.network.export(folder, state)
+        with self.average.applied():  # a state on the CPU shares the network's memory, so it is written in here
+            return self.network.export(folder, self.strategy.full_state())
 
     def _try_export(self) -> None:
         """An export that would fail after days fails now."""
@@ -299,7 +302,7 @@ class Run:
 
 
 def _due(step: int, every: int | None) -> bool:
-    return bool(every) and step % every == 0
+    return every is not None and step % every == 0
 
 
 def _die_with_parent() -> None:

@@ -20,7 +20,12 @@ from vireo.video_io import BadVideoError
 
 
 class Dataset(Protocol):
-    """What every dataset offers; shapes and ranges stand in each one's docstring."""
+    """What every dataset offers; shapes and ranges stand in each one's docstring.
+
+    max_bad_fraction: largest share of its files that may turn out unreadable.
+    """
+
+    max_bad_fraction: float
 
     def __len__(self) -> int: ...
 
@@ -30,6 +35,10 @@ class Dataset(Protocol):
 
     def sources(self, index: int) -> dict[str, list[Source]]:
         """Every cacheable source that this entry can ask for."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What it holds, for people: values, and lists of lines."""
         ...
 
 

@@ -50,7 +50,7 @@ def main(words: Sequence[str]) -> int:
         scores.append(score)
         figure = sign * score.measures[settings["metric"]]
         for heap, rank in ((worst, -figure), (best, figure)):
-            heapq.heappush(heap, (rank, score.index, columns))
+            heapq.heappush(heap, (rank, score.clip, columns))
             if len(heap) > SHOWN:
                 heapq.heappop(heap)
     for title, heap in (("worst", worst), ("best", best)):
@@ -60,20 +60,8 @@ def main(words: Sequence[str]) -> int:
     mean = means(scores)
     rows = [{"clip": s.name, **s.measures} for s in scores]
     write_json(folder / "metrics.json", {"weights": about, "clips": len(scores), "mean": mean, "each": rows})
-    print(f"{len(scores)} held-out clips, weights: {about}\n\n{comparison(mean)}\n")
+    print(f"{len(scores)} held-out clips, weights: {about}\n\n{report.comparison(mean)}\n")
     print(f"each clip  {folder / 'metrics.json'}\nvideos     {folder}/worst_*.mp4, best_*.mp4")
     if scores and settings["metric"] in mean:
         report.write_csv(rows, folder / "metrics.csv")
     return 0
-
-
-def comparison(mean: dict[str, float]) -> str:
-    """A table with a line for the prediction and for each baseline, a column for each measure."""
-    from vireo import report
-
-    lines: dict[str, dict[str, float]] = {}
-    for name, value in mean.items():
-        title, _, measure = name.rpartition("/")
-        lines.setdefault(title or "prediction", {})[measure] = value
-    measures = list(lines.get("prediction", {}))
-    return report.table([{"": title, **{m: row.get(m) for m in measures}} for title, row in lines.items()])

@@ -18,7 +18,11 @@ def main(words: Sequence[str]) -> int:
     from vireo.verbs import trained
 
     network, about = trained.network(given)
-    default = given.folder / "export" / (f"step_{int(given.own['step']):08d}" if "step" in given.own else "newest") if given.folder else Path("export")
+    default = (
+        given.folder / "export" / (f"step_{int(given.own['step']):08d}" if "step" in given.own else "newest")
+        if given.folder
+        else Path("export")
+    )
     for path in network.export(Path(given.own.get("out", default)), network.state_dict()):
         print(f"{path}  from {about}")
     return 0

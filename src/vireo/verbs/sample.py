@@ -36,7 +36,7 @@ def main(words: Sequence[str]) -> int:
         trained.device(),
     )
     for score, columns in scores:
-        show(columns, folder / f"clip_{score.index:03d}", given.settings["validation"]["fps"])
+        show(columns, folder / f"clip_{score.clip:03d}", given.settings["validation"]["fps"])
         psnr = f"  {score.measures['psnr']:.2f} dB" if "psnr" in score.measures else ""
-        print(f"{folder / f'clip_{score.index:03d}'}.mp4, .png  {score.name}{psnr}")
+        print(f"{folder / f'clip_{score.clip:03d}'}.mp4, .png  {score.name}{psnr}")
     return 0

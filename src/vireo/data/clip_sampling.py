@@ -1,0 +1,36 @@
+"""Which frames of a video make a clip. Frames are chosen by index, so a variable frame rate does no harm."""
+
+from vireo.randomness import Draws
+
+
+def clip_indices(length: int, num_frames: int, step: int, start: int) -> list[int]:
+    """`num_frames` indices, every `step`-th from `start` on; behind the end the last frame is held.
+
+    Going back to the first frame instead, as the published TAEHV loader does, puts a hard cut into the clip.
+    """
+    return [min(start + step * k, length - 1) for k in range(num_frames)]
+
+
+def random_clip(length: int, num_frames: int, frame_step: tuple[int, int], draws: Draws) -> list[int]:
+    """A step drawn uniformly from those of `frame_step` (first and last included) that fit, then a uniform start.
+
+    length: frames of the video, at least 1. Where no step fits, the smallest is taken from the first frame on and the
+    last frame is held. Draws "frame_step" and "clip_start"; B is 1.
+    """
+    smallest, largest = frame_step
+    if num_frames > 1:
+        largest = min(largest, (length - 1) // (num_frames - 1))
+    step = smallest if largest <= smallest else int(draws.integers("frame_step", smallest, largest + 1)[0])
+    spare = length - _span(num_frames, step)
+    start = int(draws.integers("clip_start", 0, spare + 1)[0]) if spare > 0 else 0
+    return clip_indices(length, num_frames, step, start)
+
+
+def middle_clip(length: int, num_frames: int, step: int) -> list[int]:
+    """The clip in the middle of the video, where neither fades nor title cards are: always the same, for validation."""
+    return clip_indices(length, num_frames, step, max(0, (length - _span(num_frames, step)) // 2))
+
+
+def _span(num_frames: int, step: int) -> int:
+    """Frames of the video from the first to the last of a clip."""
+    return (num_frames - 1) * step + 1

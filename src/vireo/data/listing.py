@@ -1,0 +1,122 @@
+"""What a dataset consists of: the clips found below a folder, or those listed in an annotation file."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vireo.errors import UserError
+from vireo.video_io import VIDEO_SUFFIXES, is_frame
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One clip. name: its path relative to the root, with forward slashes, by which splits and reports know it (the
+    absolute path if it lies outside). path: a video file or a folder of frames. text: its caption, None without one."""
+
+    name: str
+    path: Path
+    text: str | None = None
+
+
+def list_folder(root: Path) -> list[Entry]:
+    """All videos below `root`, or if there is none all folders of frames below it, sorted by name.
+
+    Videos come first because pictures that lie beside them (first frames, thumbnails) are no clips. Links are followed,
+    hidden files and folders are not. Raises UserError if the folder is missing or holds no clip.
+    """
+    if not root.is_dir():
+        raise UserError(f"there is no folder {root}: expected a folder with videos or with folders of frames")
+    videos, frame_folders = [], []
+    visited = set()
+    for folder, below, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in visited:  # a link that leads back up
+            below.clear()
+            continue
+        visited.add(real)
+        below[:] = [name for name in below if not name.startswith(".")]
+        videos += [Path(folder, name) for name in files if _is_video(name)]
+        if Path(folder) != root and any(is_frame(name) for name in files):
+            frame_folders.append(Path(folder))
+    found = videos or frame_folders
+    if not found:
+        expected = f"videos ({', '.join(sorted(VIDEO_SUFFIXES))}), or one folder of .jpg or .png for each clip"
+        raise UserError(f"there are no clips in {root}: expected {expected}, in subfolders or not")
+    return sorted((Entry(path.relative_to(root).as_posix(), path) for path in found), key=lambda entry: entry.name)
+
+
+def list_annotation(file: Path, root: Path, allow_outside_root: bool = False) -> list[Entry]:
+    """The clips of an annotation file, in its order: {"total": N, "list": [entry, …]} or the bare list.
+
+    An entry is an object with "path" (relative to `root`) or "full_path", and perhaps "text" or "caption"; other keys
+    are not read. Whether the videos are there is not looked at. Raises UserError for a file that cannot be read, JSON
+    that is malformed (with line and column), and for all wrong entries together: without a path, outside `root` though
+    not allowed (also by `..` or a link), with a text that is none, or without one where others have one.
+    """
+    entries, problems = [], []
+    for index, item in enumerate(_items(file)):
+        try:
+            entries.append(_entry(item, root, allow_outside_root))
+        except ValueError as error:
+            problems.append(f"list[{index}]: {error}")
+    with_text = sum(entry.text is not None for entry in entries)
+    if 0 < with_text < len(entries):
+        without = next(entry.name for entry in entries if entry.text is None)
+        missing = len(entries) - with_text
+        problems.append(f'{missing} of {len(entries)} entries have no "text", {without} first: give it to all or none')
+    if problems:
+        raise UserError(f"{file} cannot be used:\n" + shortened(problems))
+    return entries
+
+
+def shortened(lines: Sequence[str], limit: int = 10) -> str:
+    """At most `limit` lines, indented, the last of them counting what is left out."""
+    shown = list(lines if len(lines) <= limit else lines[: limit - 1])
+    if len(shown) < len(lines):
+        shown.append(f"… and {len(lines) - len(shown)} more")
+    return "\n".join(f"  {line}" for line in shown)
+
+
+def _items(file: Path) -> list[Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"the annotation file {file} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}, byte {error.start}: not UTF-8 text, expected JSON") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}, line {error.lineno}, column {error.colno}: malformed JSON: {error.msg}") from error
+    items = content.get("list") if isinstance(content, dict) else content
+    if not isinstance(items, list):
+        raise UserError(f'{file}: expected a list of clips, or an object with one under "list"')
+    if isinstance(content, dict) and content.get("total", len(items)) != len(items):
+        told = content["total"]
+        raise UserError(f'{file}: "total" is {told}, but "list" has {len(items)} entries: correct it or take it out')
+    if not items:
+        raise UserError(f"{file}: the list is empty, expected at least one clip")
+    return items
+
+
+def _entry(item: Any, root: Path, allow_outside_root: bool) -> Entry:
+    """Raises ValueError, for people, for an entry that cannot be used."""
+    if not isinstance(item, dict):
+        raise ValueError(f'expected an object with "path", found {type(item).__name__}')
+    written = item.get("path", item.get("full_path"))
+    if not isinstance(written, str) or not written:
+        raise ValueError('no "path" (a string, relative to the root)')
+    text = item.get("text", item.get("caption"))
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f'"text" is {type(text).__name__}, expected a string')
+    path = root / written  # an absolute path stays itself
+    if not allow_outside_root and not path.resolve().is_relative_to(root.resolve()):
+        raise ValueError(f"{written} lies outside {root}: allow it with allow_outside_root=true")
+    plain = Path(os.path.normpath(path))
+    inside = plain.is_relative_to(os.path.normpath(root))
+    return Entry((plain.relative_to(os.path.normpath(root)) if inside else plain).as_posix(), path, text)
+
+
+def _is_video(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES and not name.startswith(".")

@@ -1,0 +1,376 @@
+"""The documentation is true: its tables, messages and links are checked, its commands and its code are run.
+
+Commands run in children of this process, which has imported everything already; one is run by a shell as it stands.
+`python -m tests.test_docs` writes the tables of the pages anew.
+"""
+
+import ast
+import dataclasses
+import multiprocessing
+import os
+import re
+import shlex
+import subprocess
+import sys
+import typing
+from collections.abc import Callable, Iterator
+from enum import Enum
+from pathlib import Path
+
+import pytest
+
+from vireo import config
+from vireo.config import identity
+from vireo.config.schema import Config
+from vireo.models import taehv_variants
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of each command line in a page's bash blocks."""
+    lines = "".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+# ------------------------------------------------------------------ tables
+
+GROUPS = {
+    "experiment": "the recipe: chooses options, sets numbers",
+    "size": "the demonstration or the recipe itself",
+    "model": "network (learns), encoder (frozen), sampler (what validation shows)",
+    "data": "the dataset",
+    "loss": "the objective",
+    "optimizer": "the optimizer; its learning rate is `lr`",
+    "schedule": "the learning rate over time",
+    "freeze-policy": "which parameters learn, by pattern; its node is `freeze_policy`",
+    "adapter": "what is added to the network",
+    "strategy": "how one model is spread over processes",
+    "launcher": "where processes run",
+    "tracker": "where figures are shown beside `metrics.jsonl`",
+    "paths": "folders; follows `size`",
+    "debug": "ready-made short runs",
+}
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+def groups_table() -> str:
+    rows = []
+    for group, meaning in GROUPS.items():
+        options = [path.stem for path in sorted((config.conf_dir() / group).glob("*.yaml"))]
+        rows.append([f"`{group}`", meaning, ", ".join(f"`{option}`" for option in options)])
+    return table(["group", "says", "options"], rows)
+
+
+def knobs_table() -> str:
+    return table(["key", "default", "meaning"], list(_knobs(Config, "")))
+
+
+def _knobs(schema: type, prefix: str) -> Iterator[list[str]]:
+    hints = typing.get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from _knobs(hints[field.name], f"{field.name}.")
+        elif hints[field.name] != dict[str, typing.Any] | None:  # the node of a group
+            yield [f"`{prefix}{field.name}`", _default(field), field.metadata["meaning"]]
+
+
+def _default(field: dataclasses.Field) -> str:
+    value = field.default_factory() if field.default is dataclasses.MISSING else field.default
+    value = value.value if isinstance(value, Enum) else value
+    if value == "???":
+        return ""
+    return {"None": "`null`", "True": "`true`", "False": "`false`", "": '`""`'}.get(str(value), f"`{value}`")
+
+
+def free_keys() -> str:
+    return ", ".join(f"`{key}`" for key in identity.NOT_PART_OF_A_RUN if key != "interpolations") + "."
+
+
+def variants_table() -> str:
+    import torch
+
+    from vireo.models.taehv import TAEHV
+
+    rows = []
+    for name, variant in taehv_variants.VARIANTS.items():
+        with torch.device("meta"):
+            network = TAEHV(name)
+        sizes = [sum(p.numel() for p in part.parameters()) for part in (network.encoder, network.decoder)]
+        legal = [n for n in range(2, 60) if taehv_variants.is_legal(name, n)][:4]
+        cell = f"{variant.frames_per_latent} x {variant.spatial_downscale} x {variant.spatial_downscale}"
+        parameters = f"{sizes[0] / 1e6:.2f} M + {sizes[1] / 1e6:.2f} M"
+        lengths = ", ".join(map(str, [*legal, "…"]))
+        rows.append([f"`{name}`", variant.latents_of, cell, str(variant.latent_channels), parameters, lengths])
+    head = ["variant", "latents of", "frames x pixels of a latent", "channels", "parameters", "`num_frames`"]
+    return table(head, rows)
+
+
+TABLES = {"groups": groups_table, "knobs": knobs_table, "free keys": free_keys, "variants": variants_table}
+
+
+def with_tables(text: str) -> str:
+    """A page with what its `<!-- table: … -->` marks stand for."""
+
+    def written(mark: re.Match) -> str:
+        return f"<!-- table: {mark[1]} -->\n\n{TABLES[mark[1]]()}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- table: ([a-z ]+) -->\n.*?<!-- end -->", written, text, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_tables_say_what_the_code_says(page):
+    assert page.read_text() == with_tables(page.read_text()), "python -m tests.test_docs writes the tables anew"
+
+
+def test_all_groups_and_tables_are_shown():
+    folders = {path.name for path in config.conf_dir().iterdir() if path.is_dir()}
+    assert folders - {"hydra", "local", "sizes"} == GROUPS.keys()
+    assert {mark for page in PAGES for mark in re.findall("<!-- table: (.*) -->", page.read_text())} == TABLES.keys()
+
+
+# ------------------------------------------------------------------ links
+
+
+def slug(heading: str) -> str:
+    """The anchor that a heading gets."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = page.parent / path if path else page
+        assert linked.is_file(), f"{target}: no such file"
+        headings = re.findall(r"^#+ (.*)$", linked.read_text(), re.MULTILINE) if linked.suffix == ".md" else []
+        assert not anchor or anchor in map(slug, headings), f"{target}: no such heading"
+
+
+def test_every_page_is_in_the_navigation():
+    import yaml
+
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    entries = [entry for one in nav for value in one.values() for entry in (value if isinstance(value, list) else [one])]
+    named = {path for entry in entries for path in entry.values()}
+    assert named == {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")}
+
+
+def test_paths_in_the_readme_exist():
+    text = (ROOT / "README.md").read_text().partition("## Where things are")[2]
+    for cell in re.findall(r"^\| (.+?) \|", text, re.MULTILINE)[2:]:
+        folder = ""
+        for path in re.findall("`([^`]+)`", cell):
+            if "/" in path:  # the folder also holds for the names behind it
+                folder = path.rstrip("/").rpartition("/")[0]
+            assert (ROOT / path).exists() or (ROOT / folder / path).exists(), path
+
+
+# ------------------------------------------------------------------ messages
+
+
+def template(node: ast.AST) -> str:
+    """A string expression as it is printed, with … for what is filled in."""
+    match node:
+        case ast.Constant(value=str(text)):
+            return re.sub(r"%\.?\d*[sdfg]", "…", text)
+        case ast.JoinedStr(values=parts):
+            return "".join(template(part) for part in parts)
+    return "…"
+
+
+def test_quoted_messages_are_printed_somewhere():
+    strings = [ast.walk(ast.parse(path.read_text())) for path in (ROOT / "src").rglob("*.py")]
+    printed = "\0".join(template(n) for nodes in strings for n in nodes if isinstance(n, ast.JoinedStr | ast.Constant))
+    page = (ROOT / "docs" / "troubleshooting.md").read_text().partition("## Messages of PyTorch")[0]
+    quoted = re.findall(r"^### `(.+)`$", page, re.MULTILINE)
+    assert len(quoted) > 40
+    unheard = [message for message in quoted if message.strip("… ") not in printed]
+    assert not unheard
+
+
+# ------------------------------------------------------------------ commands and code
+
+
+# What keeps a run of the documentation's commands short. Keys that a command gives itself stay as they are.
+SHORT = {
+    "steps": "2",
+    "height": "32",
+    "width": "32",
+    "batch_size": "1",
+    "gradient_accumulation": "1",
+    "validation.clips": "1",
+    "validation.at_start": "false",
+    "loader.workers": "0",
+    "tracker": "none",
+}
+ALWAYS_SHORT = ("steps", "batch_size")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A folder with clips of one's own and released weights, and everything imported that a run imports."""
+    import matplotlib.pyplot  # noqa: F401
+    import torch
+    import torchmetrics.functional.image  # noqa: F401
+
+    from vireo import video_io, worker  # noqa: F401
+    from vireo.mini import world
+    from vireo.models.taehv import TAEHV
+
+    world.ensure()
+    folder = tmp_path_factory.mktemp("world")
+    for number in range(3):
+        frames = torch.randint(0, 256, (3, 3, 48, 64), dtype=torch.uint8).repeat_interleave(9, dim=0)
+        video_io.write_video(folder / "clips" / f"{number}.mp4", frames, fps=8)
+    network = TAEHV("taecvx")
+    network.export(folder / "weights" / "taehv", network.state_dict())
+    return folder
+
+
+def in_place(text: str, world: Path) -> str:
+    """The placeholders /clips and /weights as folders that exist."""
+    return re.sub(r"(?<![\w.])/(clips|weights)\b", rf"{world}/\1", text)
+
+
+def in_child(task: Callable[[], int], folder: Path, environment: dict[str, str]) -> tuple[int, str]:
+    """Run a function in a forked process in `folder`; its exit code and what it printed."""
+    output = folder / ".output"
+
+    def child() -> None:
+        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        os.chdir(folder)
+        os.environ.update(environment)
+        sys.path[:0] = environment.get("PYTHONPATH", "").split(os.pathsep)
+        code = 1
+        try:
+            code = task()
+        except SystemExit as end:
+            code = end.code or 0
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(120)
+    assert process.exitcode is not None, f"still going on after 120 s:\n{output.read_text()}"
+    return process.exitcode, output.read_text()
+
+
+def command_line(words: list[str]) -> Callable[[], int]:
+    """What `python train.py …` and `vireo …` call, with the worker in the same process."""
+
+    def task() -> int:
+        from vireo import cli, launch, worker
+        from vireo.console import set_up_logging
+
+        def start(resolved: Path, launcher: dict, held: int) -> int:
+            set_up_logging()
+            return worker.main(resolved)
+
+        launch.start = start
+        sys.argv = list(words)
+        return cli.vireo() if words[0] == "vireo" else cli.train()
+
+    return task
+
+
+def shortened(words: list[str]) -> list[str]:
+    """A training command that ends soon; others are as they stand."""
+    if words[:2] == ["python", "train.py"]:
+        words = words[1:]
+    elif words[:2] != ["vireo", "train"]:
+        return words
+    if any(word.startswith(("--cfg", "--info", "--help")) for word in words):
+        return words
+    given = {word.partition("=")[0] for word in words}
+    return [*words, *(f"{key}={value}" for key, value in SHORT.items() if key in ALWAYS_SHORT or key not in given)]
+
+
+def run(words: list[str], folder: Path, world: Path) -> None:
+    """Run one command of the documentation; fails for one that fails, or of which nothing is known."""
+    environment = {"VIREO_OUTPUTS": str(folder / "outputs")}
+    while re.match(r"[A-Z_]+=", words[0]):
+        name, _, value = words.pop(0).partition("=")
+        environment[name] = value
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), words
+    else:
+        assert words[0] == "vireo" or words[:2] == ["python", "train.py"], f"no test knows how to run {words}"
+        code, output = in_child(command_line(shortened(words)), folder, environment)
+        assert code == 0, f"{shlex.join(words)} ended with {code}:\n{output}"
+
+
+def project(page: Path, folder: Path) -> None:
+    """Write the files of a page: a block of code under the file's name."""
+    for name, code in re.findall(r"^`([\w/.]+)`\n\n```\w+\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(code)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CONTRIBUTING.md"], ids=name_of)
+def test_commands_run(page, world, tmp_path):
+    project(page, tmp_path)
+    (tmp_path / "my_project").mkdir(exist_ok=True)
+    (tmp_path / "my_project" / "__init__.py").touch()
+    for words in commands(page):
+        run([in_place(word, world) for word in words], tmp_path, world)
+
+
+def test_the_project_of_the_page_on_extending_learns(tmp_path, world):
+    project(ROOT / "docs" / "extending.md", tmp_path)
+    environment = {"PYTHONPATH": str(tmp_path)}
+
+    def own_test() -> int:
+        return pytest.main(["-q", "-p", "no:cacheprovider", "-c", os.devnull, str(tmp_path / "test_losses.py")])
+
+    code, output = in_child(own_test, tmp_path, environment)
+    assert code == 0, output
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "extending.md"], ids=name_of)
+def test_python_blocks_run(page, world):
+    for code in blocks(page, "python"):
+        exec(compile(in_place(code, world), name_of(page), "exec"), {})
+
+
+def test_launch_scripts_pass_their_words_on(tmp_path):
+    """As a person types it: a shell and fresh interpreters."""
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "VIREO_OUTPUTS": str(tmp_path / "outputs"),
+    }
+
+    def shell(script: str, *words: str) -> str:
+        answer = subprocess.run(
+            [ROOT / "launch" / script, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert answer.returncode == 0, answer.stdout + answer.stderr
+        return answer.stdout
+
+    assert "processes: auto" in shell("node.sh", "experiment=taehv", "--cfg", "job", "-p", "launcher")
+    shell("single.sh", "experiment=taehv", "run=real", *(f"{key}={value}" for key, value in SHORT.items()))
+    assert (tmp_path / "outputs" / "taehv" / "real" / "finished").is_file()
+
+
+if __name__ == "__main__":
+    for changed in PAGES:
+        changed.write_text(with_tables(changed.read_text()))

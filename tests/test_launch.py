@@ -1,0 +1,202 @@
+"""The command line as people use it. Workers are forked, except where the process itself is what is tested."""
+
+import csv
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests import runs
+from vireo import checkpoint, cli, launch
+from vireo.mini import world
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def vireo(tmp_path, monkeypatch, capfd):
+    """Call the command line in this process: vireo("train", "lr=1", …) -> (exit code, what was printed)."""
+    world.ensure()
+    monkeypatch.setenv("VIREO_OUTPUTS", str(tmp_path))
+    monkeypatch.setattr(launch, "start", lambda resolved, launcher, held: abs(runs.work(resolved.parent)))
+
+    def call(verb, *words):
+        monkeypatch.setattr(sys, "argv", ["vireo", verb, *words])
+        capfd.readouterr()
+        try:
+            code = cli.vireo()
+        except SystemExit as exit:
+            code = exit.code
+        return code, "".join(capfd.readouterr())
+
+    return call
+
+
+def only_run(outputs: Path) -> Path:
+    (folder,) = (path.parent for path in outputs.glob("taehv/*/resolved.yaml"))
+    return folder
+
+
+def test_a_run_leaves_what_it_promises_and_the_same_command_does_nothing_more(vireo, tmp_path):
+    code, said = vireo("train", *runs.TINY, "notes=a try", "tags=[one]")
+    folder = only_run(tmp_path)
+    assert code == 0 and "This is the demonstration" in said and "Where to look" in said, said
+    for name in (
+        "resolved.yaml",
+        "overrides.json",
+        "environment.json",
+        "metrics.jsonl",
+        "train.log",
+        "curves.png",
+        "finished",
+    ):
+        assert (folder / name).stat().st_size > 0, name
+    assert (folder / "export" / "taecvx.safetensors").exists() and (folder / "export" / "best").is_dir()
+    assert (folder / "samples" / "step_00000008" / "clip_000.mp4").stat().st_size > 0
+    assert checkpoint.latest(folder).step == 8
+    about = json.loads((folder / "environment.json").read_text())
+    assert about["packages"]["torch"] and "vireo" in about["command"]
+
+    stamp = (folder / "metrics.jsonl").stat().st_mtime_ns
+    code, said = vireo("train", *runs.TINY, "notes=a try", "tags=[one]")
+    assert code == 0 and "is finished (step 8)" in said and (folder / "metrics.jsonl").stat().st_mtime_ns == stamp
+
+    code, said = vireo("runs")
+    assert code == 0 and folder.name in said and "finished" in said
+    code, said = vireo("evaluate", f"run={folder.name}", "clips=3")
+    assert (
+        code == 0
+        and "mean colour" in said
+        and len(json.loads((folder / "evaluation/metrics.json").read_text())["each"]) == 3
+    )
+    code, said = vireo("sample", f"run={folder}", "step=6", "clips=1", f"out={tmp_path / 'shown'}")
+    assert code == 0 and "step_00000006" in said and (tmp_path / "shown" / "clip_000.png").exists()
+    code, said = vireo("export", f"run={folder.name}", "step=6")
+    exported = folder / "export" / "step_00000006" / "taecvx.safetensors"
+    assert code == 0 and exported.exists()
+    code, said = vireo("evaluate", *runs.TINY, f"weights={exported}", "clips=1", f"out={tmp_path / 'foreign'}")
+    assert code == 0 and str(exported) in said
+    code, said = vireo("evaluate", f"run={folder.name}", "step=5")
+    assert code == 2 and "has no checkpoint of step 5; it has [4, 6, 8]" in said
+
+
+def test_a_named_run_can_be_lengthened_but_not_changed(vireo, tmp_path):
+    assert vireo("train", *runs.TINY, "run=mine", "steps=3")[0] == 0
+    code, said = vireo("train", *runs.TINY, "run=mine", "steps=5")
+    assert code == 0 and "resumed from" in said
+    assert [row["step"] for row in runs.metrics(tmp_path / "taehv" / "mine") if "loss" in row] == [1, 2, 3, 4, 5]
+    code, said = vireo("train", *runs.TINY, "run=mine", "steps=6", "lr=0.5", "seed=7")
+    assert code == 2 and "lr: 0.0003 in the run, 0.5 now" in said and "seed: 0 in the run, 7 now" in said
+    assert vireo("train", *runs.TINY, "run=mine", "steps=6", "lr=0.5", "allow_changes=[lr]")[0] == 0
+
+
+def test_resume_none_starts_beside_and_an_explicit_checkpoint_must_be_there(vireo, tmp_path):
+    assert vireo("train", *runs.TINY, "steps=2")[0] == 0
+    first = only_run(tmp_path)
+    assert vireo("train", *runs.TINY, "steps=2", "resume=none")[0] == 0
+    assert runs.metrics(first.with_name(f"{first.name}-2")) == runs.metrics(first)
+    code, said = vireo("train", *runs.TINY, "run=other", f"resume={tmp_path / 'nowhere'}")
+    assert code == 2 and "nowhere" in said
+
+
+def test_init_from_takes_weights_only(vireo, tmp_path):
+    assert vireo("train", *runs.TINY, "run=first")[0] == 0
+    first = tmp_path / "taehv" / "first"
+    last = {name: value for name, value in runs.metrics(first)[-1].items() if "psnr" in name}
+    for source in (
+        first,
+        first / "checkpoints" / "step_00000008",
+        first / "export",
+        first / "export" / "taecvx.safetensors",
+    ):
+        name = f"from_{source.name}".replace(".", "_")
+        assert vireo("train", *runs.TINY, f"run={name}", f"init_from={source}", "steps=1")[0] == 0
+        start = runs.metrics(tmp_path / "taehv" / name)[0]
+        assert start["step"] == 0 and start["validation/psnr"] == pytest.approx(last["validation/psnr"], abs=1e-6), (
+            source
+        )
+    code, said = vireo("train", *runs.TINY, "run=x", f"init_from={tmp_path / 'nothing'}")
+    assert code == 2 and "which does not exist" in said
+
+
+def test_a_sweep_runs_every_job_says_what_failed_and_can_go_on(vireo, tmp_path):
+    words = [*runs.TINY, "steps=2", "lr=1e-4,2e-4", "init_from=null,nothing"]
+    code, said = vireo("train", "-m", *words)
+    assert code == 2 and said.count("finished") >= 2
+    (table,) = (tmp_path / "sweeps").glob("*/sweep.csv")
+    rows = list(csv.DictReader(table.open()))
+    assert [row["state"] for row in rows] == ["finished", "mistake", "finished", "mistake"]
+    assert rows[0]["overrides"] == "lr=0.0001 init_from=null" and table.with_name("curves.png").exists()
+    _, again = vireo("train", "-m", *words)
+    assert again.count("is finished (step 2)") == 2
+
+
+def test_jobs_of_a_sweep_do_not_leak_into_one_another(vireo, tmp_path):
+    assert vireo("train", "-m", *runs.TINY, "steps=2", "seed=1,2")[0] == 0
+    found = {yaml.safe_load((p / "resolved.yaml").read_text())["seed"]: p for p in (tmp_path / "taehv").iterdir()}
+    fresh = runs.train(tmp_path / "fresh", "steps=2", "seed=2")
+    assert runs.metrics(found[2]) == runs.metrics(fresh) != runs.metrics(found[1])
+
+
+def test_an_output_folder_that_cannot_be_written_is_said_before_anything_is_loaded(vireo, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, said = vireo("train", *runs.TINY, f"paths.outputs={tmp_path / 'file'}")
+    assert code == 2 and str(tmp_path / "file") in said and "paths.outputs" in said
+
+
+def test_a_folder_in_use_is_refused(vireo, tmp_path):
+    folder = runs.make(tmp_path, ["run=busy"])
+    with open(folder / ".lock", "w") as file:
+        file.write("process 1 on there")
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        code, said = vireo("train", *runs.TINY, "run=busy")
+        assert code == 2 and "process 1 on there" in said
+        assert "running" in vireo("runs")[1]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="mounting is tried on Linux only")
+def test_a_read_only_mount(vireo, tmp_path):
+    place = tmp_path / "mount"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro,size=1m", "tmpfs", str(place)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("this user may not mount")
+    try:
+        code, said = vireo("train", *runs.TINY, f"paths.outputs={place}")
+        assert code == 2 and "Read-only file system" in said and str(place) in said
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def test_two_processes_equal_one_from_the_command_line(tmp_path):
+    """The real thing: train.py starts two workers, which share a batch that one process sees alone."""
+    world.ensure()
+    words = [*runs.TINY, f"paths.outputs={tmp_path}", "steps=3", "run=two", "batch_size=1", "launcher.processes=2"]
+    command = [sys.executable, str(ROOT / "train.py"), *words]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=180, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    alone = runs.train(tmp_path, "steps=3", "run=one", "batch_size=2")
+    for one, two in zip(runs.metrics(alone), runs.metrics(tmp_path / "taehv" / "two"), strict=True):
+        assert one == pytest.approx(two, rel=1e-5)
+    state = checkpoint.latest(tmp_path / "taehv" / "two").state
+    assert state["world_size"] == 2 and state["global_batch"] == 2
+    # Gone on with by one process: the global batch stays, the accumulation changes.
+    folder = runs.make(tmp_path, ["run=two", "batch_size=1", "steps=5"])
+    assert runs.work(folder) == 0
+    assert checkpoint.latest(folder).state["global_batch"] == 2
+    assert "gradient_accumulation is 2 now" in (folder / "train.log").read_text()
+
+
+def test_the_worker_says_what_is_wrong_and_exits_with_two(tmp_path):
+    world.ensure()
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    folder = runs.make(tmp_path, [f"paths.data={empty}", "size=mini"])
+    assert runs.work(folder) == 2
+    assert str(empty) in (folder / "train.log").read_text() and "Traceback" not in (folder / "train.log").read_text()
