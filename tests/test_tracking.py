@@ -3,7 +3,7 @@ import sys
 
 from vireo.tracking import Log, MetricsFile, TensorBoard, Tracker, Wandb, read_metrics
 
-ABOUT = {"name": "run", "config": {"lr": 0.1}, "notes": "a note", "tags": ["one"], "run_id": None}
+ABOUT = {"name": "run", "config": {"lr": 0.1}, "notes": "a note", "tags": ["one"], "run_id": None, "step": 0}
 
 
 def test_rows_after_the_resumed_step_are_removed(tmp_path):

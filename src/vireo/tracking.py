@@ -49,9 +49,16 @@ class Tracker(ABC):
 
     @abstractmethod
     def start(
-        self, folder: Path, name: str, config: Mapping[str, Any], notes: str, tags: Sequence[str], run_id: str | None
+        self,
+        folder: Path,
+        name: str,
+        config: Mapping[str, Any],
+        notes: str,
+        tags: Sequence[str],
+        run_id: str | None,
+        step: int,
     ) -> str | None:
-        """Begin, or go on with the run `run_id`; returns the id to keep in checkpoints."""
+        """Begin, or go on with the run `run_id` after `step`; returns the id to keep in checkpoints."""
 
     @abstractmethod
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
@@ -68,11 +75,19 @@ class TensorBoard(Tracker):
     """Event files below `<run>/tensorboard`; look with `tensorboard --logdir outputs`."""
 
     def start(
-        self, folder: Path, name: str, config: Mapping[str, Any], notes: str, tags: Sequence[str], run_id: str | None
+        self,
+        folder: Path,
+        name: str,
+        config: Mapping[str, Any],
+        notes: str,
+        tags: Sequence[str],
+        run_id: str | None,
+        step: int,
     ) -> str | None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder / "tensorboard"))
+        # What was logged after the checkpoint is logged again; the old points are taken out.
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if run_id else None)
         if run_id is None:
             about = f"{notes}\n\ntags: {', '.join(tags)}\n\n```json\n{json.dumps(config, indent=1)}\n```"
             self.writer.add_text("run", about)
@@ -103,7 +118,14 @@ class Wandb(Tracker):
         self.project, self.entity, self.mode = project, entity, mode
 
     def start(
-        self, folder: Path, name: str, config: Mapping[str, Any], notes: str, tags: Sequence[str], run_id: str | None
+        self,
+        folder: Path,
+        name: str,
+        config: Mapping[str, Any],
+        notes: str,
+        tags: Sequence[str],
+        run_id: str | None,
+        step: int,
     ) -> str | None:
         import wandb
 

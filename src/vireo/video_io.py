@@ -100,7 +100,7 @@ class VideoReader:
         if outside:
             raise IndexError(f"{self.path}: frames {outside} were asked for, there are 0 to {len(self) - 1}")
         unique = sorted(set(indices))
-        frames = torch.from_numpy(self._reading(lambda video: video.read(unique))).permute(0, 3, 1, 2)
+        frames = self._reading(lambda video: video.read(unique)).permute(0, 3, 1, 2)
         return frames if unique == list(indices) else frames[[unique.index(index) for index in indices]]
 
     def close(self) -> None:
@@ -262,7 +262,7 @@ class _Video(Protocol):
 
     def size(self) -> tuple[int, int]: ...  # height, width
     def timestamps(self) -> np.ndarray: ...  # seconds, float64 (T,)
-    def read(self, indices: list[int]) -> np.ndarray: ...  # sorted and unique -> uint8 (T, H, W, C)
+    def read(self, indices: list[int]) -> Tensor: ...  # sorted and unique -> uint8 (T, H, W, C)
     def close(self) -> None: ...
 
 
@@ -339,9 +339,9 @@ class _DecordVideo:
     def timestamps(self) -> np.ndarray:
         return self._reader.get_frame_timestamp(list(range(self.num_frames)))[:, 0].astype(np.float64)
 
-    def read(self, indices: list[int]) -> np.ndarray:
+    def read(self, indices: list[int]) -> Tensor:
         try:
-            return self._reader.get_batch(indices).asnumpy()
+            return torch.from_dlpack(self._reader.get_batch(indices).to_dlpack())  # decord's memory, not copied
         except self._errors as error:
             reason = self._complaint() or f"{_span(indices)} cannot be decoded ({_first(error)})"
             raise BadVideoError(self._path, reason) from error
@@ -422,9 +422,9 @@ class _PyAVVideo:
     def timestamps(self) -> np.ndarray:
         return np.asarray(self._pts, np.float64) * self._seconds
 
-    def read(self, indices: list[int]) -> np.ndarray:
+    def read(self, indices: list[int]) -> Tensor:
         try:
-            return np.stack([self._pixels(frame, index) for index, frame in self._decoded(indices)])
+            return _stacked([self._pixels(frame, index) for index, frame in self._decoded(indices)])
         except (av.FFmpegError, OSError) as error:
             raise BadVideoError(self._path, f"{_span(indices)} cannot be decoded ({_first(error)})") from error
 
@@ -516,15 +516,19 @@ class _FrameFolder:
     def timestamps(self) -> np.ndarray:
         return np.arange(self.num_frames, dtype=np.float64) / self.fps
 
-    def read(self, indices: list[int]) -> np.ndarray:
+    def read(self, indices: list[int]) -> Tensor:
         frames = [_read_image(self._files[index]) for index in indices]
         sizes = {f"{frame.shape[1]}x{frame.shape[0]}" for frame in frames}
         if len(sizes) > 1:
             raise BadVideoError(self._path, f"its frames have different sizes: {', '.join(sorted(sizes))}")
-        return np.stack(frames)
+        return _stacked(frames)
 
     def close(self) -> None:
         """Nothing stays open between reads."""
+
+
+def _stacked(frames: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(frames))
 
 
 def _read_image(path: Path) -> np.ndarray:

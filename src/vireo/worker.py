@@ -6,6 +6,7 @@ the loop (training.py). What happens at a step's boundary (validate, save, expor
 
 import ctypes
 import logging
+import math
 import shutil
 import signal
 import sys
@@ -69,7 +70,7 @@ class Run:
     def steps(self) -> int:
         """Optimizer steps of the whole run: `steps`, or `epochs` passes over the dataset, rounded up."""
         epochs = self.settings["epochs"]
-        return -(-epochs * len(self.dataset) // self.global_batch) if epochs else self.settings["steps"]
+        return math.ceil(epochs * len(self.dataset) / self.global_batch) if epochs else self.settings["steps"]
 
     def resume(self) -> Progress:
         """Take up the checkpoint that `resume` names, the same one on every rank; none is a fresh start."""
@@ -109,20 +110,22 @@ class Run:
         if distributed.is_main():
             metrics_file = tracking.MetricsFile(self.folder / "metrics.jsonl", progress.step)
             self.log = tracking.Log(metrics_file, objects.tracker(settings))
-            name, config_without_paths = self.folder.name, config.public(settings)
             self.tracker_id = self.log.start(
                 folder=self.folder,
-                name=name,
-                config=config_without_paths,
-                notes=settings["notes"] or "",
-                tags=settings["tags"] or [],
+                name=self.folder.name,
+                config=config.public(settings),
+                notes=settings["notes"],
+                tags=settings["tags"],
                 run_id=self.tracker_id,
+                step=progress.step,
             )
             self.console = Console(self.steps, progress.step, self.global_batch)
             log.info("what learns:\n%s", parameter_table(self.network))
+            if not len(self.held_out):
+                log.warning("no clip is held out, so nothing is validated and no checkpoint is the best one")
         if progress.step == 0:
             self._try_export()
-            if settings["validation"]["at_start"]:
+            if settings["validation"]["at_start"] and len(self.held_out):
                 self.report(0, self.validate(0))
         progress = train(
             self.wrapped,
@@ -174,7 +177,7 @@ class Run:
         improved = False
         if distributed.is_main():
             self.console.step(progress.step)
-        if _due(progress.step, validation["every"]) or progress.step == self.steps:
+        if len(self.held_out) and (_due(progress.step, validation["every"]) or progress.step == self.steps):
             self.figures = self.validate(progress.step)
             improved = self._note_best(progress.step)
             self.report(progress.step, self.figures)

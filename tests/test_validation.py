@@ -1,0 +1,73 @@
+import pytest
+import torch
+
+from tests.toys import Denoise, Denoised, ToyDataset, ToyNetwork
+from vireo.data.stream import Stream
+from vireo.models.encoders import NoEncoder
+from vireo.validation import SEED, means, measure_video, score_clips, validate
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    return ToyNetwork().eval()
+
+
+def scores(network, batch_size, indices=range(5)):
+    stream = Stream(ToyDataset(side=16), SEED, shuffle=False)
+    return list(score_clips(network, NoEncoder(), Denoise(), Denoised(), stream, list(indices), batch_size, CPU))
+
+
+def test_scores_do_not_depend_on_the_batch(network):
+    one, three = ([score for score, _ in scores(network, size)] for size in (1, 3))
+    for a, b in zip(one, three, strict=True):
+        same = {name for name in a.measures if name != "loss"}  # the loss is a mean over its batch
+        assert {n: a.measures[n] for n in same} == pytest.approx({n: b.measures[n] for n in same}, rel=1e-6)
+
+
+def test_every_column_is_scored_beside_the_baselines(network):
+    score, columns = scores(network, 2)[0]
+    assert {"psnr", "ssim", "loss", "grey/psnr", "grey/ssim"} <= score.measures.keys()
+    assert set(columns) == {"target", "prediction"} and columns["target"].dtype == torch.uint8
+    assert (
+        score.measures["psnr"] == measure_video(*(columns[n].float() / 255 for n in ("prediction", "target")))["psnr"]
+    )
+
+
+def test_the_loss_does_not_learn_in_validation(network):
+    seen = []
+
+    class Watching(Denoise):
+        def __call__(self, network, batch, draws):
+            seen.append(self.learning)
+            return super().__call__(network, batch, draws)
+
+    loss = Watching()
+    stream = Stream(ToyDataset(side=16), SEED, shuffle=False)
+    list(score_clips(network, NoEncoder(), loss, Denoised(), stream, [0], 1, CPU))
+    assert seen == [False] and loss.learning
+
+
+def test_pictures_are_written_and_means_taken(network, tmp_path):
+    stream = Stream(ToyDataset(side=16), SEED, shuffle=False)
+    figures = validate(
+        network,
+        NoEncoder(),
+        Denoise(),
+        Denoised(),
+        stream,
+        clips=3,
+        batch_size=2,
+        device=CPU,
+        folder=tmp_path,
+        fps=8.0,
+        pictures=2,
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"clip_00{i}.{kind}" for i in range(2) for kind in ("mp4", "png")
+    ]
+    expected = means(score for score, _ in scores(network, 2, range(3)))
+    assert figures == pytest.approx(expected)
+    assert means([]) == {}
