@@ -67,8 +67,8 @@ def train() -> int:
         return jobs[-1].best
 
     try:
-        config.explain_mistakes(sys.argv[1:])
-        task()
+        with config.explain_mistakes(sys.argv[1:]):
+            task()
     except UserError as mistake:
         print(mistake, file=sys.stderr)
         return faults.EXIT_MISTAKE

@@ -18,7 +18,6 @@ from omegaconf import DictConfig
 
 from vireo import config, faults, report, run_folder
 from vireo.errors import UserError
-from vireo.mini import world
 from vireo.tracking import read_metrics
 
 
@@ -63,7 +62,7 @@ def conclude(jobs: Sequence[Job], folder: Path | None) -> int:
         runs = {w: read_metrics(one.folder / "metrics.jsonl") for one, w in zip(jobs, asked, strict=True) if one.folder}
         if runs:
             print(f"curves  {report.draw(runs, folder / 'curves.png')}")
-    return max((one.exit_code for one in jobs), default=faults.EXIT_FAULT)
+    return max((one.exit_code for one in jobs), default=faults.EXIT_FINISHED)  # no job: --cfg, --help
 
 
 def _row(number: int, one: Job, words: str) -> dict[str, Any]:
@@ -102,6 +101,8 @@ def run(settings: dict[str, Any], overrides: Sequence[str]) -> Job:
         (folder / "finished").unlink(missing_ok=True)
         print(config.banner(settings, folder), flush=True)
         if settings["size"] == "mini":
+            from vireo.mini import world  # brings numpy, which --help and --cfg can do without
+
             world.ensure()
         code = start(folder / "resolved.yaml", settings["launcher"], held)
     done = run_folder.finished(folder)

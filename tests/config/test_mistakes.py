@@ -320,6 +320,19 @@ def test_a_machine_names_its_folders_once(conf, full, monkeypatch, tmp_path):
     assert messages("size=full") == []
     assert messages() == []  # the mini run does not see them
     assert "mini-" in config.settings([])["paths"]["data"]
+    write(
+        conf / "local/default.yaml",
+        """
+        # @package _global_
+        defaults: [override /size: full]
+        machine:
+          data: data
+          weights: weights
+        """,
+    )
+    assert messages() == [] and config.settings([])["steps"] == 10000
+    assert config.settings([])["paths"]["data"] == str(tmp_path / "data")
+    assert "mini-" in config.settings(["size=mini"])["paths"]["data"]
     (conf / "local/default.yaml").unlink()
     monkeypatch.setenv("VIREO_DATA", str(tmp_path / "data"))
     monkeypatch.setenv("VIREO_WEIGHTS", str(tmp_path / "weights"))
@@ -329,11 +342,25 @@ def test_a_machine_names_its_folders_once(conf, full, monkeypatch, tmp_path):
 # ------------------------------------------------------------------ all at once
 
 
+def test_what_follows_from_a_mistake_is_not_told():
+    """data.num_frames and the model's check read num_frames, and are wrong only because it is."""
+    assert message("num_frames=abc") == "command line: num_frames: is 'abc'; expected a whole number"
+    assert message("num_frames=0") == "command line: num_frames: is 0; at least 1 is expected"
+
+
 def test_all_mistakes_are_told_together(conf):
     edit(conf / "experiment/taehv.yaml", "\nwidth: 128", "\nwidht: 128")
     words = ["model.netwrk.variant=x", "precision=fp8", "loss.decoder_input=ours", "seed=-1", "optimizer=adam"]
-    found = "\n".join(messages(*words))
-    for key in ("widht", "model.netwrk.variant", "precision", "loss.decoder_input", "seed", "optimizer=adam:"):
+    found = "\n".join(messages(*words, "num_frames=12"))
+    for key in (
+        "num_frames",
+        "widht",
+        "model.netwrk.variant",
+        "precision",
+        "loss.decoder_input",
+        "seed",
+        "optimizer=adam:",
+    ):
         assert key in found
     with pytest.raises(UserError, match="things to mend in the config") as told:
         config.compose(words)

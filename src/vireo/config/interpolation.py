@@ -79,13 +79,16 @@ def expand(cfg: DictConfig, choices: Callable[[], dict[str, str]]) -> tuple[dict
         except (InterpolationResolutionError, OmegaConfBaseException) as error:
             problems.append(Problem(path, _cannot_resolve(raw, error)))
             return Absent.UNRESOLVED
-        if value is None and "${paths." in raw:
-            return Absent.UNRESOLVED  # the folder itself is asked for, not each of its uses
         if isinstance(value, DictConfig | ListConfig):
             return Absent.REFERENCE if isinstance(value, DictConfig) else OmegaConf.to_container(value, resolve=True)
         return value.value if isinstance(value, Enum) else value
 
     return walk(unresolved(cfg), cfg, ""), problems
+
+
+def references(text: str) -> list[str]:
+    """The keys that a text refers to: ["paths.data"] of "${paths.data}/clips"."""
+    return re.findall(r"\$\{([A-Za-z_][\w.-]*)\}", text)
 
 
 def strings(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -73,7 +73,6 @@ def _no_mini_numbers(experiment: str, choices: dict[str, str]) -> Problem:
 
 def _missing(folder: str, path: Any, users: dict[str, Any]) -> Iterator[Problem]:
     """What size=full needs below paths.data or paths.weights and does not find."""
-    needed = {key: Path(text).expanduser() for key, text in users.items() if isinstance(text, str)}
     if path is None:
         yield Problem(
             f"paths.{folder}",
@@ -84,9 +83,10 @@ def _missing(folder: str, path: Any, users: dict[str, Any]) -> Iterator[Problem]
         where = Path(path).expanduser().absolute()
         yield Problem(f"paths.{folder}", f"is {where}: there is no such folder{_how_to_get(folder, users)}")
     else:
-        for key, file in needed.items():
+        for key, text in users.items():
+            file = Path(str(text)).expanduser()
             if not file.exists() and not any(file.parent.glob(f"{file.name}.*")):
-                name = file.relative_to(Path(path).expanduser()).as_posix()
+                name = str(text).removeprefix(str(path)).lstrip("/")
                 yield Problem(key, f"{file.absolute()} is missing{_how_to_get(folder, {key: name})}")
 
 

@@ -23,18 +23,29 @@ def validate(cfg: DictConfig, overrides: Sequence[str] = ()) -> list[Problem]:
     """
     choices = functools.cache(lambda: places.choices(overrides))
     files = functools.cache(lambda: places.sources(overrides))
+    raw = interpolation.unresolved(cfg)
     values, problems = interpolation.expand(cfg, choices)
     problems += defaults_lists.check()
     problems += knobs.check(values)
     problems += targets.check(values)
     problems += _check_run(values)
-    problems += sizes.check(values, interpolation.unresolved(cfg), overrides, choices)
-    if not problems:
-        problems += _model_checks(values)
-    first = {problem.key or problem.message: problem for problem in reversed(problems)}  # one for each key
+    problems += sizes.check(values, raw, overrides, choices)
+    problems += _model_checks(values, [problem.key for problem in problems])
     return [
         problem if problem.place else Problem(problem.key, problem.message, places.place(problem.key, overrides, files))
-        for problem in reversed(first.values())
+        for problem in _causes(problems, raw)
+    ]
+
+
+def _causes(problems: list[Problem], raw: dict[str, Any]) -> list[Problem]:
+    """One problem for each key, without those that follow from another's: `data.num_frames` from `num_frames`."""
+    wrong = {problem.key for problem in problems}
+    written = dict(interpolation.strings(raw))
+    first = {problem.key or problem.message: problem for problem in reversed(problems)}
+    return [
+        problem
+        for key, problem in reversed(first.items())
+        if not wrong.intersection(interpolation.references(written.get(key, "")))
     ]
 
 
@@ -46,10 +57,11 @@ def _check_run(values: dict[str, Any]) -> Iterator[Problem]:
         yield Problem("steps", "has no value, nor has epochs: say how long to train")
     if steps is not None and epochs is not None:
         yield Problem("epochs", f"is {epochs} and steps is {steps}: give one of them, steps=null epochs={epochs}")
-    processes, strategy = known.get("launcher", {}).get("processes"), known.get("strategy")
+    launcher, strategy = known.get("launcher"), known.get("strategy")
+    processes = launcher.get("processes") if isinstance(launcher, dict) else None
     if isinstance(processes, str) and processes != "auto" and not processes.isdigit():
         yield Problem("launcher.processes", f"is {processes!r}; expected a whole number or auto")
-    if isinstance(strategy, dict) and strategy.get("processes") == "one" and processes not in (1, "1"):
+    if isinstance(strategy, dict) and strategy.get("processes") == "one" and processes not in (1, "1", None):
         message = f"is {processes}, and strategy=single runs one process: choose strategy=ddp"
         yield Problem("launcher.processes", message)
     run, resume = known.get("run"), known.get("resume")
@@ -66,14 +78,19 @@ def _check_run(values: dict[str, Any]) -> Iterator[Problem]:
             yield Problem("allow_changes", f"names {key}, which is no key.{f' Did you mean {near}?' if near else ''}")
 
 
-def _model_checks(values: dict[str, Any]) -> Iterator[Problem]:
+def _model_checks(values: dict[str, Any], wrong: Sequence[str]) -> Iterator[Problem]:
     """`model.checks.<key>` are functions that raise ValueError if the config does not suit the model.
 
     They are named after the key that they judge, take plain values, and stand in modules that import nothing heavy.
+    wrong: keys with problems; a check is not called with values that are no good.
     """
-    for key, node in (values["model"].get("checks") or {}).items():
-        module, _, name = node["_target_"].rpartition(".")
+    model = values.get("model")
+    for key, node in (model.get("checks") or {}).items() if isinstance(model, dict) else ():
         arguments = {k: v for k, v in node.items() if k not in targets.HYDRA_KEYS}
+        spoilt = any(other.startswith(f"model.checks.{key}") for other in wrong)
+        if spoilt or any(isinstance(value, Absent) for value in arguments.values()):
+            continue
+        module, _, name = node["_target_"].rpartition(".")
         try:
             getattr(importlib.import_module(module), name)(**arguments)
         except ValueError as error:
