@@ -1,0 +1,1 @@
+"""The embedded world: generated clips and small trained weights, in the layouts of the real ones."""
