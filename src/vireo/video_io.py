@@ -96,9 +96,8 @@ class VideoReader:
         Only these frames are decoded, and those that their decoding needs. The memory may be laid out channels-last,
         as decoders give it and as resizing is fastest. Raises IndexError for an index outside the video.
         """
-        outside = [index for index in indices if not 0 <= index < len(self)]
-        if outside:
-            raise IndexError(f"{self.path}: frames {outside} were asked for, there are 0 to {len(self) - 1}")
+        if not indices or not 0 <= min(indices) <= max(indices) < len(self):
+            raise IndexError(f"{self.path}: frames {list(indices)} were asked for, there are 0 to {len(self) - 1}")
         unique = sorted(set(indices))
         frames = self._reading(lambda video: video.read(unique)).permute(0, 3, 1, 2)
         return frames if unique == list(indices) else frames[[unique.index(index) for index in indices]]
@@ -242,16 +241,17 @@ def _pixels(frames: Tensor) -> np.ndarray:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A name to write under, moved to `path` on success and removed on failure, which is an OSError with the path."""
+    """A name to write under, moved to `path` on success, else removed; failing to write is an OSError with the path."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield unfinished
         os.replace(unfinished, path)
     except (OSError, av.FFmpegError) as error:
+        raise OSError(f"could not write {path}: {_first(error)}") from error
+    finally:
         if unfinished.exists():
             unfinished.unlink()
-        raise OSError(f"could not write {path}: {_first(error)}") from error
 
 
 class _Video(Protocol):

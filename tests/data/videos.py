@@ -101,11 +101,14 @@ def broken(folder: Path) -> dict[str, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     at_end = write(folder / "index_at_end.mp4").read_bytes()
     at_front = write(folder / "index_at_front.mp4", container={"movflags": "faststart"}).read_bytes()
+    with av.open(str(folder / "index_at_front.mp4")) as file:
+        ends = sorted(packet.pos + packet.size for packet in file.demux(video=0) if packet.pts is not None)
     contents = {
         "truncated, index at end": at_end[: len(at_end) * 6 // 10],
         "truncated a little, index at end": at_end[:-600],
         "truncated, index at front": at_front[: len(at_front) * 6 // 10],
         "truncated a little, index at front": at_front[:-20],
+        "truncated between frames, index at front": at_front[: ends[29]],
         "empty": b"",
         "text": b"this is no video\n" * 100,
     }
@@ -128,6 +131,7 @@ REASONS = {
     "truncated a little, index at end": "truncated one whose index at the end is missing",
     "truncated, index at front": "truncated (after|within) frame",
     "truncated a little, index at front": "truncated within frame 40",
+    "truncated between frames, index at front": "truncated after frame 30 of 40",
     "empty": "empty",
     "text": "not a video",
     "audio only": "no video stream",

@@ -15,15 +15,15 @@ def random_clip(length: int, num_frames: int, frame_step: tuple[int, int], draws
     """A step drawn uniformly from those of `frame_step` (first and last included) that fit, then a uniform start.
 
     length: frames of the video, at least 1. Where no step fits, the smallest is taken from the first frame on and the
-    last frame is held. Draws "frame_step" and "clip_start"; B is 1.
+    last frame is held. Draws "clip"; B is 1.
     """
     smallest, largest = frame_step
     if num_frames > 1:
-        largest = min(largest, (length - 1) // (num_frames - 1))
-    step = smallest if largest <= smallest else int(draws.integers("frame_step", smallest, largest + 1)[0])
-    spare = length - _span(num_frames, step)
-    start = int(draws.integers("clip_start", 0, spare + 1)[0]) if spare > 0 else 0
-    return clip_indices(length, num_frames, step, start)
+        largest = max(smallest, min(largest, (length - 1) // (num_frames - 1)))
+    for_step, for_start = draws.uniform("clip", 2)[0].tolist()
+    step = smallest + int(for_step * (largest - smallest + 1))
+    starts = max(1, length - _span(num_frames, step) + 1)
+    return clip_indices(length, num_frames, step, int(for_start * starts))
 
 
 def middle_clip(length: int, num_frames: int, step: int) -> list[int]:

@@ -42,6 +42,7 @@ class Clips:
     min_frames: videos with fewer are left out, by default those with less than `num_frames`; a video that is long
     enough for this but not for its clip holds its last frame.
     max_bad_fraction: largest share of videos that cannot be read; they are left out and reported.
+    allow_outside_root: whether an annotation may list files that do not lie in `root`.
     Raises UserError if the arguments, the folder or the annotation cannot be used, or if too many videos are bad.
     """
 
@@ -94,8 +95,8 @@ class Clips:
     def sample(self, index: int, draws: Draws | None = None) -> dict[str, Any]:
         """One clip (see the class). draws: one position; a validation clip needs none.
 
-        Draws "frame_step", "clip_start", "crop_scale", "crop_top", "crop_left", "flip", "jitter", "color_jitter", and
-        once per step "size". Raises BadVideoError if the video cannot be read.
+        Draws "clip", "crop", "flip", "jitter", "color_jitter" and, once per step, "size". Raises BadVideoError if the
+        video cannot be read.
         """
         entry = self.entries[index]
         if self.split == "validation":
@@ -147,9 +148,9 @@ class Clips:
         else:
             box = centre_box(size, (height, width))
         frames = crop_and_resize(frames, box, height, width)
-        if float(draws.uniform("flip")[0]) < self.flip:
+        if self.flip and float(draws.uniform("flip")[0]) < self.flip:
             frames = frames.flip(-1)
-        if float(draws.uniform("jitter")[0]) < self.jitter:
+        if self.jitter and float(draws.uniform("jitter")[0]) < self.jitter:
             frames = random_jitter(frames, self.jitter_strength, draws)
         return frames
 
@@ -176,8 +177,8 @@ class Clips:
         usable = [entry for entry in entries if entry.name not in self.bad and entry.name not in self.too_short]
         if not usable:
             raise UserError(
-                f"no clip of {self.root} is long enough:\n{shortened(short)}\nlower num_frames, or min_frames to hold "
-                "the last frame of short ones"
+                f"no clip of {self.root} can be used:\n{shortened(reasons + short)}\nto use short ones, lower "
+                "num_frames, or min_frames, which holds their last frame"
             )
         if short and self.split == "train":
             logger.warning("videos of %s that are too short are left out:\n%s", self.root, shortened(short))

@@ -44,16 +44,16 @@ def centre_box(frame: Sequence[int], target: Sequence[int]) -> Box:
 
 
 def random_box(frame: Sequence[int], target: Sequence[int], scale: tuple[float, float], draws: Draws) -> Box:
-    """A box of uniform scale between the two, at a uniform place; draws "crop_scale", "crop_top", "crop_left", B is 1.
+    """A box of uniform scale between the two, at a uniform place; draws "crop", B is 1.
 
     scale: shares of the largest box, (0.8, 1) in the published TAEHV recipe; (0, 1) goes down to the target's size.
     """
-    share = scale[0] + (scale[1] - scale[0]) * float(draws.uniform("crop_scale")[0])
-    top, left, height, width = _centred(frame, box_size(frame, target, share))
+    for_scale, for_top, for_left = draws.uniform("crop", 3)[0].tolist()
+    top, left, height, width = _centred(frame, box_size(frame, target, scale[0] + (scale[1] - scale[0]) * for_scale))
     if height < frame[0]:
-        top = int(draws.integers("crop_top", 0, frame[0] - height + 1)[0])
+        top = int(for_top * (frame[0] - height + 1))
     if width < frame[1]:
-        left = int(draws.integers("crop_left", 0, frame[1] - width + 1)[0])
+        left = int(for_left * (frame[1] - width + 1))
     return Box(top, left, height, width)
 
 
@@ -120,13 +120,15 @@ def jitter_colors(frames: Tensor, brightness: float, contrast: float, saturation
     luma = torch.tensor(LUMA)
     saturate = saturation * torch.eye(3) + (1 - saturation) * luma.expand(3, 3)
     colors = contrast * brightness * _hue_rotation(hue) @ saturate
-    mean = torch.stack([frame.float().mean((1, 2)) for frame in frames]).mean(0) @ luma  # of the clip
+    few = max(1, 2**18 // frames[0].numel())  # frames at a time: float copies that stay in the processor's cache
+    totals = torch.stack([some.float().sum((0, 2, 3)) for some in frames.split(few)]).sum(0)
+    mean = totals @ luma / frames[:, 0].numel()  # of the clip
     offset = (1 - contrast) * brightness * mean
 
     changed = torch.empty(frames.shape, dtype=torch.uint8)
-    for frame, out in zip(frames, changed, strict=True):  # frame by frame: a float copy of a long clip is large
-        pixels = colors @ frame.float().flatten(1)  # (3, H * W)
-        out.flatten(1).copy_(pixels.add_(offset).round_().clamp_(0, 255))
+    for some, out in zip(frames.split(few), changed.split(few), strict=True):
+        pixels = colors @ some.float().flatten(2)  # (frames, 3, H * W)
+        out.flatten(2).copy_(pixels.add_(offset).round_().clamp_(0, 255))
     return changed
 
 
