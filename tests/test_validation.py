@@ -29,7 +29,7 @@ def test_scores_do_not_depend_on_the_batch(network):
 
 def test_every_column_is_scored_beside_the_baselines(network):
     score, columns = scores(network, 2)[0]
-    assert {"psnr", "ssim", "loss", "grey/psnr", "grey/ssim"} <= score.measures.keys()
+    assert {"psnr", "ssim", "loss", "brightness", "grey/psnr", "grey/ssim"} <= score.measures.keys()
     assert set(columns) == {"target", "prediction"} and columns["target"].dtype == torch.uint8
     assert (
         score.measures["psnr"] == measure_video(*(columns[n].float() / 255 for n in ("prediction", "target")))["psnr"]

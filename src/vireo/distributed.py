@@ -7,7 +7,7 @@ group, the device, mixed precision and the DistributedDataParallel wrapper.
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -80,6 +80,59 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     flat /= world_size()
     for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Every rank uses the sum, so a summand's gradient is the sum of the ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return _SumOverRanks.apply(gradients[0])
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """The sum of a tensor that every rank has, on its device; differentiable, with one more sum in the backward pass.
+
+    Each rank differentiates its own loss; the gradient is that of the sum of all ranks' losses.
+    """
+    return _SumOverRanks.apply(x) if world_size() > 1 else x
+
+
+def var_mean(x: Tensor, dim: tuple[int, ...] | None = None) -> tuple[Tensor, Tensor]:
+    """Population variance and mean over `dim` (None: all) and over all ranks, whose x have equal shapes.
+
+    Differentiable. One process returns exactly what torch.var_mean does.
+    """
+    var, mean = torch.var_mean(x, dim, correction=0)
+    if world_size() == 1:
+        return var, mean
+    var, mean = var.double(), mean.double()  # a difference of squares, which float32 would cancel
+    mean, square = sum_over_ranks(torch.stack([mean, var + mean.square()])) / world_size()
+    return (square - mean.square()).to(x.dtype), mean.to(x.dtype)
+
+
+def concatenate(x: Tensor) -> Tensor:
+    """The rows of all ranks in rank order, on every rank. x: (N, ...), of equal shape on all of them."""
+    if world_size() == 1:
+        return x
+    own = x.contiguous().view(torch.uint8)  # as bytes, since not every backend moves every dtype
+    rows = [torch.empty_like(own) for _ in range(world_size())]
+    dist.all_gather(rows, own)
+    return torch.cat(rows).view(x.dtype)
+
+
+@torch.no_grad()
+def broadcast(tensors: Iterable[Tensor]) -> None:
+    """Give every rank the values of rank 0, in place."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
 
 
 class Strategy(ABC):

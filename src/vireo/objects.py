@@ -40,6 +40,8 @@ def encoder(settings: Settings) -> Encoder:
 
 
 def loss(settings: Settings) -> Loss:
+    """The objective; initial weights of a learner that it owns are keyed by the seed, as the network's are."""
+    seed_default(settings["seed"], "init", "loss")
     return config.instantiate(settings["loss"])
 
 

@@ -30,6 +30,10 @@ class Sampler(Protocol):
         """What one gets without any network, in the same layout as "target"."""
         ...
 
+    def figures(self, network: nn.Module, encoder: Encoder, batch: dict, draws: Draws) -> dict[str, Tensor]:
+        """What is measured elsewhere than in pixels (latents, say): (B,) each; {} if nothing is."""
+        ...
+
 
 class ClipScore(NamedTuple):
     """The measures of one held-out clip: {"psnr": …, "mean colour/psnr": …, "loss": …}."""
@@ -64,9 +68,10 @@ def score_clips(
             objective = loss(network, batch, draws)
             columns = sampler(network, encoder, batch, draws)
             baselines = sampler.baselines(batch) if "target" in columns else {}
+            figures = sampler.figures(network, encoder, batch, draws)
             for row, (index, name) in enumerate(zip(some, names, strict=True)):
                 shown = {title: to_uint8(video[row], low=0).cpu() for title, video in columns.items()}
-                measures = {"loss": float(objective.total)}
+                measures = {"loss": float(objective.total), **{n: float(v[row]) for n, v in figures.items()}}
                 for title, video in {**columns, **baselines}.items():
                     if "target" in columns and title != "target" and video.shape == columns["target"].shape:
                         prefix = "" if title == "prediction" else f"{title}/"

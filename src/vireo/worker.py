@@ -21,10 +21,11 @@ from torch import Tensor
 
 from vireo import checkpoint, config, distributed, faults, objects, optimizers, report, run_folder, tracking, weights
 from vireo.console import Console
-from vireo.data.stream import Slices, Stream, loader
+from vireo.data.stream import Slices, Stream, collate, loader, to_device
 from vireo.ema import ExponentialMovingAverage
 from vireo.errors import UserError
 from vireo.freezing import parameter_table
+from vireo.randomness import Draws
 from vireo.training import Progress, train
 from vireo.validation import SEED, validate
 
@@ -125,6 +126,7 @@ class Run:
                 log.warning("no clip is held out, so nothing is validated and no checkpoint is the best one")
         if progress.step == 0:
             self._try_export()
+            self._check_network()
             if settings["validation"]["at_start"] and len(self.held_out):
                 self.report(0, self.validate(0))
         progress = train(
@@ -285,6 +287,16 @@ class Run:
             trial = self.folder / "export" / ".trial"
             self.export(trial)
             shutil.rmtree(trial)
+
+    def _check_network(self) -> None:
+        """Let the encoder judge the network on a few samples; every rank sees the same ones."""
+        stream = Stream(self.dataset, SEED, shuffle=False)
+        places = range(min(self.settings["batch_size"], len(self.dataset)))
+        batch = collate([stream[(place, 0)] for place in places])
+        draws = Draws(SEED, batch["position"], self.device)
+        self.network.eval()
+        self.encoder.check_network(self.wrapped, self.encoder(to_device(batch, self.device), draws))
+        self.policy.train_mode(self.network)
 
     def finish(self, progress: Progress) -> int:
         """Export and mark the run as finished, or say how to go on."""

@@ -51,7 +51,7 @@ def test_baselines():
     baselines = Reconstruction().baselines({"frames": frames})
     assert torch.equal(baselines["mean colour"][0, 0, :, 0, 0], torch.tensor([1.0, 0.0, 0.0]))
     torch.testing.assert_close(baselines["mean colour"][1], torch.full((5, 3, 16, 24), 0.5))
-    torch.testing.assert_close(baselines["8x down/up"][0], frames[0].float() / 255)
-    edge = baselines["8x down/up"][1, 0, 0, 0]  # cells of mean 0, 0.5 and 1, joined by straight lines
+    torch.testing.assert_close(baselines["8x down and up"][0], frames[0].float() / 255)
+    edge = baselines["8x down and up"][1, 0, 0, 0]  # cells of mean 0, 0.5 and 1, joined by straight lines
     assert edge[0] == 0 and edge[-1] == 1
     assert torch.all(edge.diff() >= 0) and edge.diff().max() < 0.1

@@ -24,6 +24,8 @@ WEIGHTS = {
     "Wan2.1-T2V-1.3B-Diffusers": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
     "LongLive-1.3B": "Efficient-Large-Model/LongLive-1.3B",
     "SkyReels-A2": "Skywork/SkyReels-A2",
+    "HunyuanVideo": "hunyuanvideo-community/HunyuanVideo",
+    "LTX-2": "Lightricks/LTX-2",
 }
 
 

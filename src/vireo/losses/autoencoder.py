@@ -23,12 +23,16 @@ class Step(NamedTuple):
 
     prediction, target: float32 (B, K, 3, H, W); the target is in [0, 1], the prediction is not clamped.
     latents, target_latents: (B, C, t, h, w), the network's own and the teacher's; the latter None without a teacher.
+    decoded_latents: (B, C, t, h, w), of the two what the prediction was decoded from.
+    num_frames: of the clip; at least K.
     """
 
     prediction: Tensor
     target: Tensor
     latents: Tensor
     target_latents: Tensor | None
+    decoded_latents: Tensor
+    num_frames: int
 
 
 class Autoencoder(Loss):
@@ -86,7 +90,10 @@ class Autoencoder(Loss):
         detach = teacher is not None if self.detach is None else self.detach
         output = network(frames, teacher, use_given=use_given, detach=detach)
         target = frames[:, : output.frames.shape[1]]
-        return Step(output.frames.float(), target, output.latents, teacher)
+        decoded = output.latents
+        if teacher is not None and use_given is not None:
+            decoded = torch.where(use_given.view(-1, 1, 1, 1, 1), teacher, decoded)
+        return Step(output.frames.float(), target, output.latents, teacher, decoded, frames.shape[1])
 
     def compare(self, step: Step, draws: Draws) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The scalars to minimise, by the names of their weights, and detached ones that are only logged."""

@@ -8,7 +8,7 @@ posterior, scaling, noising an image before it is encoded. Encoders are never wr
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vireo.randomness import Draws
 
@@ -34,6 +34,12 @@ class Encoder:
     def condition(self, batch: dict[str, Any], draws: Draws) -> dict[str, Any]:
         """Add what is drawn or scaled afresh at every step; by default nothing."""
         return batch
+
+    def check_network(self, network: nn.Module, batch: dict[str, Any]) -> None:
+        """Refuse (UserError) a network that does not suit this encoder; called once, before the first step.
+
+        batch: some samples with this encoder's outputs, on the device. By default every network is welcome.
+        """
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, Any], draws: Draws) -> dict[str, Any]:

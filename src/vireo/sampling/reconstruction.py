@@ -32,6 +32,10 @@ class Reconstruction:
         prediction = network(frames, mode=self.mode, chunk=self.chunk).frames.float().clamp(0, 1)
         return {"target": frames[:, : prediction.shape[1]], "prediction": prediction}
 
+    def figures(self, network: nn.Module, encoder: object, batch: dict, draws: Draws) -> dict[str, Tensor]:
+        """Everything is seen in the pixels."""
+        return {}
+
     def baselines(self, batch: dict) -> dict[str, Tensor]:
         """What one gets without a network: each clip's mean colour; each frame at an eighth of its size and back."""
         frames = to_pixels(batch["frames"], low=0.0)
@@ -42,5 +46,5 @@ class Reconstruction:
         enlarged = F.interpolate(small, size=(height, width), mode="bilinear", align_corners=False)
         return {
             "mean colour": frames.mean(dim=(1, 3, 4), keepdim=True).expand_as(frames),
-            "8x down/up": enlarged.unflatten(0, frames.shape[:2]),
+            "8x down and up": enlarged.unflatten(0, frames.shape[:2]),
         }
