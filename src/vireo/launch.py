@@ -21,6 +21,9 @@ from vireo.errors import UserError
 from vireo.tracking import read_metrics
 
 
+EXIT_FILE = ".exit"  # in the run's folder, beside resolved.yaml
+
+
 class Job(NamedTuple):
     """How one run ended: what was asked, its folder, the exit code, the best validation figure, what went wrong."""
 
@@ -86,6 +89,7 @@ def run(settings: dict[str, Any], overrides: Sequence[str]) -> Job:
     A finished run says so and does nothing. Raises UserError for a folder that cannot be used.
     """
     folder = _make_folder(settings)
+    _refuse_other_config(folder, settings)
     done = run_folder.finished(folder) if settings["resume"] == "auto" else None
     if done and not _longer(settings, done):
         print(
@@ -94,7 +98,6 @@ def run(settings: dict[str, Any], overrides: Sequence[str]) -> Job:
         )
         return Job(list(overrides), folder, faults.EXIT_FINISHED, (done["best"] or {}).get("value"))
     with run_folder.lock(folder) as held:
-        _refuse_other_config(folder, settings)
         config.save_resolved(settings, folder / "resolved.yaml")
         run_folder.write_json(folder / "overrides.json", list(overrides))
         run_folder.write_json(folder / "environment.json", run_folder.environment())
@@ -145,18 +148,34 @@ def _refuse_other_config(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def start(resolved: Path, launcher: dict[str, Any], held: int) -> int:
-    """Run the workers of one resolved config to their end; returns the worst exit code.
+    """Run the workers of one resolved config to their end; returns their exit code.
 
-    held: file descriptor of the run's lock, which the children inherit, so the folder stays locked while one lives.
+    After a fault they are started again from the last checkpoint, `launcher.restarts` times; not after a mistake of
+    the user's or a requested stop. held: file descriptor of the run's lock, which the children inherit, so the folder
+    stays locked while one lives.
     """
-    processes = number_of_processes(launcher["processes"])
+    for attempt in range(launcher["restarts"] + 1):
+        if attempt:
+            print(f"starting again from the last checkpoint ({attempt} of {launcher['restarts']})", flush=True)
+        code = _start_once(resolved, number_of_processes(launcher["processes"]), held)
+        if code in (faults.EXIT_FINISHED, faults.EXIT_MISTAKE, faults.EXIT_STOPPED):
+            break
+    return code
+
+
+def _start_once(resolved: Path, processes: int, held: int) -> int:
     command = [sys.executable, "-u", "-m"]
     if processes > 1:
         command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "--max-restarts=0", "-m"]
     command += ["vireo.worker", str(resolved)]
+    verdict = resolved.with_name(EXIT_FILE)
+    verdict.unlink(missing_ok=True)
     environment = {**os.environ, "HYDRA_FULL_ERROR": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     with subprocess.Popen(command, env=environment, pass_fds=(held,)) as child, _forward_signals(child):
         code = child.wait()
+    # torch's launcher knows only success and failure; the main worker writes down what it was.
+    if processes > 1 and verdict.exists():
+        code = int(verdict.read_text())
     return code if code >= 0 else 128 - code
 
 

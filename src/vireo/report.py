@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,14 +55,14 @@ def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> Path:
 
 
 def _baselines(axis: Any, panel: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Horizontal lines for naive predictions: validation/<baseline>/psnr beside validation/psnr."""
+    """Dashed lines for naive predictions: validation/<baseline>/psnr beside validation/psnr."""
     group, _, measure = panel.rpartition("/")
     last: Mapping[str, Any] = next((row for row in reversed(rows) if panel in row), {})
-    for number, name in enumerate(sorted(last)):
-        parts = name.split("/")
-        if len(parts) == 3 and parts[0] == group and parts[2] == measure:
-            axis.axhline(last[name], linestyle="--", linewidth=1, color=f"C{number % 5 + 1}", label=parts[1])
-    if axis.get_legend_handles_labels()[0]:
+    names = [name.split("/")[1] for name in sorted(last) if re.fullmatch(f"{group}/[^/]+/{measure}", name)]
+    for number, name in enumerate(names, 1):
+        axis.axhline(last[f"{group}/{name}/{measure}"], linestyle="--", linewidth=1, color=f"C{number}", label=name)
+    if names:
+        axis.get_lines()[0].set_label("prediction")
         axis.legend(fontsize=7)
 
 

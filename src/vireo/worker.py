@@ -7,6 +7,7 @@ the loop (training.py). What happens at a step's boundary (validate, save, expor
 import ctypes
 import logging
 import math
+import os
 import shutil
 import signal
 import sys
@@ -327,7 +328,15 @@ def _die_with_parent() -> None:
 
 
 def main(path: Path) -> int:
-    """Run one process on a resolved config; returns its exit code."""
+    """Run one process on a resolved config; returns its exit code, which the main process also leaves in `.exit`."""
+    code = _main(path)
+    if int(os.environ.get("RANK", "0")) == 0:
+        path.with_name(".exit").write_text(str(code))
+    # torch's launcher would report a requested stop as a failure of this process.
+    return 0 if code == faults.EXIT_STOPPED and "TORCHELASTIC_RUN_ID" in os.environ else code
+
+
+def _main(path: Path) -> int:
     _die_with_parent()
     tracking.silence_telemetry()
     settings, folder = config.load_resolved(path), path.parent

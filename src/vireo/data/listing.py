@@ -112,7 +112,7 @@ def _entry(item: Any, root: Path, allow_outside_root: bool) -> Entry:
         raise ValueError(f'"text" is {type(text).__name__}, expected a string')
     path = root / written  # an absolute path stays itself
     if not allow_outside_root and not path.resolve().is_relative_to(root.resolve()):
-        raise ValueError(f"{written} lies outside {root}: allow it with allow_outside_root=true")
+        raise ValueError(f"{written} lies outside {root}: allow it with +data.allow_outside_root=true")
     plain = Path(os.path.normpath(path))
     inside = plain.is_relative_to(os.path.normpath(root))
     return Entry((plain.relative_to(os.path.normpath(root)) if inside else plain).as_posix(), path, text)

@@ -140,11 +140,11 @@ def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 def _start_worker(worker: int) -> None:
     """One thread each, since the workers are the parallelism; and a stop signal is the main process's business.
 
-    A worker forks with the run's handlers, which would swallow the SIGTERM that ends a stuck worker.
+    A batch system signals the whole process group: a worker that died of it would end the run before it has saved.
+    torch ends workers itself, and kills one that does not listen.
     """
     torch.set_num_threads(1)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 
 

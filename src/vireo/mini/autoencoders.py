@@ -6,7 +6,9 @@ before few expensive ones, that is single frames or 32x32 crops first and 64x64 
 image networks applied to every frame, so that what was learnt from single frames holds when clips begin.
 """
 
+import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from vireo.randomness import Draws
 
+WEIGHTS = Path(__file__).parent / "weights"
 Autoencoder = Any  # an nn.Module with encode and decode, which diffusers' stubs do not say of its own
 
 
@@ -157,6 +160,32 @@ def reconstruct_taehv(network: Autoencoder, clips: Tensor, draws: Draws | None) 
     return Reconstruction(2 * frames - 1, latents, latents.square().mean() / 2)
 
 
+def build_student() -> Autoencoder:
+    """The shipped autoencoder of the recipe "taehv", to go on from."""
+    from vireo.models.taehv import TAEHV
+
+    return TAEHV("taecvx", **TAEHV_ARGUMENTS, weights=str(WEIGHTS / "taehv_autoencoder"))
+
+
+@functools.cache
+def teacher() -> Autoencoder:
+    """The shipped CogVideoX VAE, frozen."""
+    from diffusers import AutoencoderKLCogVideoX
+
+    folder = WEIGHTS / "autoencoder_kl_cogvideox"
+    return AutoencoderKLCogVideoX.from_pretrained(folder, torch_dtype=torch.float32).eval().requires_grad_(False)
+
+
+def distill_taehv(network: Autoencoder, clips: Tensor, draws: Draws | None) -> Reconstruction:
+    """The published recipe without its adversarial term: encode to the teacher's raw latents, decode from them.
+
+    The penalty is the mean squared error of the latents.
+    """
+    target = teacher().encode(clips.transpose(1, 2)).latent_dist.mean
+    latents, frames = network(clips / 2 + 0.5, target)
+    return Reconstruction(2 * frames - 1, latents, torch.nn.functional.mse_loss(latents, target))
+
+
 RECIPES = {
     "kl": Recipe(
         build=build_kl,
@@ -190,15 +219,25 @@ RECIPES = {
         build=build_taehv,
         reconstruct=reconstruct_taehv,
         stages=[
-            Stage(1500, 16, 1, 32),
+            Stage(2500, 16, 1, 32),
             Stage(250, 4, 9, 32),
-            Stage(700, 4, 9, 32, earliest=6),
-            Stage(150, 2, 9, 64, earliest=6),
+            Stage(2750, 4, 9, 32, earliest=6),
+            Stage(600, 2, 9, 64, earliest=6),
         ],
         muon_lr=0.01,
         adamw_lr=3e-3,
         kl_weight=1e-4,
-        folder="taehv",
+        folder="taehv_autoencoder",
         before_video=share_time_slots,
+    ),
+    # What stands for the released taecvx: the network above, taught the latents of the CogVideoX VAE above.
+    "taehv_distilled": Recipe(
+        build=build_student,
+        reconstruct=distill_taehv,
+        stages=[Stage(350, 4, 9, 32, earliest=6), Stage(100, 2, 9, 64, earliest=6)],
+        muon_lr=0.01,
+        adamw_lr=3e-3,
+        kl_weight=1.0,
+        folder="taehv",
     ),
 }

@@ -23,12 +23,11 @@ from torch import Tensor, nn
 
 from vireo.errors import UserError
 from vireo.mini import scenes
-from vireo.mini.autoencoders import RECIPES, TAEHV_ARGUMENTS, Autoencoder, Recipe, Stage
+from vireo.mini.autoencoders import RECIPES, TAEHV_ARGUMENTS, WEIGHTS, Autoencoder, Recipe, Stage
 from vireo.muon import Muon
 from vireo.pixels import to_pixels, to_uint8
 from vireo.randomness import Draws, seed_default
 
-WEIGHTS = Path(__file__).parent / "weights"
 TRAINING_SEEDS = range(1_000_000, 1_001_600)
 HELD_OUT_SEEDS = range(2_000_000, 2_000_024)  # the seeds of the world's own clips are below a million
 
@@ -207,7 +206,7 @@ def ship(
     folder.mkdir(parents=True, exist_ok=True)
     mean, std = latent_statistics(network, recipe)
     overall = (std.square() + (mean - mean.mean()).square()).mean().sqrt().item()
-    if name == "taehv":
+    if name.startswith("taehv"):
         network.export(folder, {key: value.half() for key, value in network.state_dict().items()})
         (folder / "taecvx.json").write_text(json.dumps({"variant": "taecvx", **TAEHV_ARGUMENTS}, indent=1) + "\n")
         network.load(folder / "taecvx.safetensors")

@@ -141,6 +141,18 @@ def nearest_legal(name: str, num_frames: int) -> list[int]:
     return sorted({above, below or above})
 
 
+def check_size(name: str, height: int, width: int) -> None:
+    """Raise UserError unless both sides are multiples of what the variant's latents stand for."""
+    side = find(name).spatial_downscale
+    odd = [f"{key}={value}" for key, value in (("height", height), ("width", width)) if value % side]
+    if odd:
+        nearest = sorted({max(side, value // side * side + step) for value in (height, width) for step in (0, side)})
+        raise UserError(
+            f"{' and '.join(odd)} cannot be encoded by {name}: its latents stand for {side}x{side} pixels. "
+            f"Use multiples of {side}, such as {' or '.join(map(str, nearest))}"
+        )
+
+
 def check_length(name: str, num_frames: int) -> None:
     """Raise UserError, which names the nearest legal lengths, unless a clip of num_frames frames comes back whole."""
     if not is_legal(name, num_frames):

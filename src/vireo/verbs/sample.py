@@ -1,7 +1,7 @@
 """vireo sample run=<run> [step=500] [clips=4] [weights=<file>] [out=<folder>] [paths.data=<other clips>]
 
 Show what a trained network makes of held-out clips: side-by-side videos and PNG grids.
-Default folder: <run>/samples/<checkpoint>.
+Default folder: <run>/samples/by_hand.
 """
 
 from collections.abc import Sequence
