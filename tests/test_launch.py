@@ -4,8 +4,10 @@ import csv
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -91,7 +93,7 @@ def test_a_named_run_can_be_lengthened_but_not_changed(vireo, tmp_path):
     assert code == 0 and "resumed from" in said
     assert [row["step"] for row in runs.metrics(tmp_path / "taehv" / "mine") if "loss" in row] == [1, 2, 3, 4, 5]
     code, said = vireo("train", *runs.TINY, "run=mine", "steps=6", "lr=0.5", "seed=7")
-    assert code == 2 and "lr: 0.0003 in the run, 0.5 now" in said and "seed: 0 in the run, 7 now" in said
+    assert code == 2 and "lr: 0.0005 in the run, 0.5 now" in said and "seed: 0 in the run, 7 now" in said
     assert vireo("train", *runs.TINY, "run=mine", "steps=6", "lr=0.5", "allow_changes=[lr]")[0] == 0
 
 
@@ -125,15 +127,20 @@ def test_init_from_takes_weights_only(vireo, tmp_path):
 
 
 def test_a_sweep_runs_every_job_says_what_failed_and_can_go_on(vireo, tmp_path):
-    words = [*runs.TINY, "steps=2", "lr=1e-4,2e-4", "init_from=null,nothing"]
+    words = [*runs.TINY, "steps=2", "lr=1e-4,2e-4", "data.held_out=0.1,no_such_list.txt"]
     code, said = vireo("train", "-m", *words)
-    assert code == 2 and said.count("finished") >= 2
+    assert code == 2 and "no_such_list.txt" in said
     (table,) = (tmp_path / "sweeps").glob("*/sweep.csv")
     rows = list(csv.DictReader(table.open()))
     assert [row["state"] for row in rows] == ["finished", "mistake", "finished", "mistake"]
-    assert rows[0]["overrides"] == "lr=0.0001 init_from=null" and table.with_name("curves.png").exists()
+    assert rows[0]["overrides"] == "lr=0.0001 data.held_out=0.1" and table.with_name("curves.png").exists()
     _, again = vireo("train", "-m", *words)
     assert again.count("is finished (step 2)") == 2
+
+
+def test_a_mistake_in_any_job_is_told_before_the_first_one_starts(vireo, tmp_path):
+    code, said = vireo("train", "-m", *runs.TINY, "lr=1e-4,fast")
+    assert code == 2 and "is 'fast'; expected a number" in said and not (tmp_path / "taehv").exists()
 
 
 def test_jobs_of_a_sweep_do_not_leak_into_one_another(vireo, tmp_path):
@@ -200,3 +207,34 @@ def test_the_worker_says_what_is_wrong_and_exits_with_two(tmp_path):
     folder = runs.make(tmp_path, [f"paths.data={empty}", "size=mini"])
     assert runs.work(folder) == 2
     assert str(empty) in (folder / "train.log").read_text() and "Traceback" not in (folder / "train.log").read_text()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_to_the_whole_process_group_saves_and_says_resumable(tmp_path, processes):
+    """As a batch system or a container does it: parent, launcher, workers and loaders all get the SIGTERM."""
+    world.ensure()
+    words = [*runs.TINY, f"paths.outputs={tmp_path}", "run=group", "steps=5000", f"launcher.processes={processes}"]
+    words += ["loader.workers=1", "checkpoint.every=null", "validation.every=null"]
+    command = [sys.executable, str(ROOT / "train.py"), *words]
+    output = (tmp_path / "output").open("w")
+    child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=tmp_path, start_new_session=True)
+    folder, began = tmp_path / "taehv" / "group", time.monotonic()
+    while not (folder / "metrics.jsonl").exists() or len(runs.metrics(folder)) < 4:
+        assert child.poll() is None and time.monotonic() - began < 120, (tmp_path / "output").read_text()
+        time.sleep(0.2)
+    os.killpg(child.pid, signal.SIGTERM)
+    assert child.wait(timeout=60) == 75, (tmp_path / "output").read_text()
+    found = checkpoint.latest(folder)
+    assert found is not None and found.step == runs.metrics(folder)[-1]["step"] >= 3
+    assert "the same command goes on from here" in (folder / "train.log").read_text()
+
+
+def test_a_fault_starts_the_workers_again_but_a_mistake_does_not(tmp_path, monkeypatch):
+    codes = iter([1, 137, 0])
+    monkeypatch.setattr(launch, "_start_once", lambda *_: next(codes))
+    assert launch.start(tmp_path / "resolved.yaml", {"restarts": 2, "processes": 1}, 0) == 0
+    for code in (2, 75):
+        codes = iter([code])
+        assert launch.start(tmp_path / "resolved.yaml", {"restarts": 2, "processes": 1}, 0) == code
+    codes = iter([1, 1])
+    assert launch.start(tmp_path / "resolved.yaml", {"restarts": 1, "processes": 1}, 0) == 1

@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -20,18 +21,25 @@ EXIT_STOPPED = 75  # stopped on request, resumable with the same command (EX_TEM
 
 
 class StopRequest:
-    """Whether a signal has asked the run to save and stop. The handler only sets a flag; a second one exits at once."""
+    """Whether a signal has asked the run to save and stop. The handler only sets a flag.
+
+    A second Ctrl-C exits at once. Other signals may come several times (from the batch system, from torch's launcher,
+    from the parent) and mean the same each time.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.asked_at = 0.0
 
     def __bool__(self) -> bool:
         return self.signal is not None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
+        # One Ctrl-C can arrive twice at once: from the terminal and passed on by torch's launcher.
+        if self.signal is not None and number == signal.SIGINT and time.monotonic() - self.asked_at > 1:
             os._exit(EXIT_STOPPED)
-        self.signal = number
+        if self.signal is None:
+            self.signal, self.asked_at = number, time.monotonic()
 
 
 @contextmanager

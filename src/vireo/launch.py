@@ -20,7 +20,6 @@ from vireo import config, faults, report, run_folder
 from vireo.errors import UserError
 from vireo.tracking import read_metrics
 
-
 EXIT_FILE = ".exit"  # in the run's folder, beside resolved.yaml
 
 

@@ -22,7 +22,7 @@ def content(path: Path) -> dict:
 
 
 def test_the_tree_is_not_empty():
-    assert len(FILES) > 20 and config.experiments() == ["taehv"]
+    assert len(FILES) > 20 and config.experiments() == ["taehv", "taehv_seraena", "taehv_seraena_wan"]
 
 
 @pytest.mark.parametrize("experiment", config.experiments())

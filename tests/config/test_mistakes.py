@@ -159,6 +159,7 @@ def test_yaml_booleans(conf):
 
 def test_missing_values(conf):
     edit(conf / "experiment/taehv.yaml", "lr: 3e-4\n", "")
+    edit(conf / "sizes/mini/experiment/taehv.yaml", "lr: 5e-4\n", "")
     assert "lr: has no value (learning rate): give it one, lr=…" in message()
 
 

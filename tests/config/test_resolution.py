@@ -38,7 +38,7 @@ def test_a_node_that_several_read_is_resolved_for_each(conf):
     words = ["model=toy", "+loss.l1=${model.noise_schedule}", "tags=${model.inputs}"]
     assert config.problems(words) == []
     settings = config.settings(words)
-    assert settings["loss"]["l1"] == {"_target_": "vireo.schedules.Linear", "warmup_steps": 20}
+    assert settings["loss"]["l1"] == {"_target_": "vireo.schedules.Linear", "warmup_steps": 5}
     assert settings["tags"] == ["condition_latents", "prompt_embeds"]
     changed = config.change(settings, ["warmup_steps=3"])
     assert changed["loss"]["l1"] == changed["model"]["noise_schedule"]

@@ -35,6 +35,9 @@ from vireo.errors import UserError
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 
 
+NAMED_BY_OTHERS = ("model", "data", "loss")  # their choices stand in config.yaml's `sizes@…` entries
+
+
 def compose(overrides: Sequence[str] = ()) -> DictConfig:
     """The config of `key=value` words, as the command line would compose it. Raises UserError with all mistakes."""
     register()
@@ -188,6 +191,8 @@ def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[Problem]]:
 def _check_option(override: Override) -> Iterator[Problem]:
     """Whether the option that a word chooses exists."""
     group, option = override.key_or_group, override.value()
+    if override.is_delete() and group in NAMED_BY_OTHERS:
+        yield Problem(group, f"is missing: choose an option with {group}=…", COMMAND_LINE)
     for name in option if isinstance(option, list) else [option]:
         if isinstance(name, str) and not places.is_option(group, name):
             yield Problem(f"{group}={name}", _no_such_option(group, name), COMMAND_LINE)

@@ -142,8 +142,13 @@ def nearest_legal(name: str, num_frames: int) -> list[int]:
 
 
 def check_size(name: str, height: int, width: int) -> None:
-    """Raise UserError unless both sides are multiples of what the variant's latents stand for."""
-    side = find(name).spatial_downscale
+    """Raise UserError unless both sides are multiples of what the variant's latents stand for.
+
+    An unknown variant is `check_length`'s to report.
+    """
+    if name not in VARIANTS:
+        return  # check_length says so
+    side = VARIANTS[name].spatial_downscale
     odd = [f"{key}={value}" for key, value in (("height", height), ("width", width)) if value % side]
     if odd:
         nearest = sorted({max(side, value // side * side + step) for value in (height, width) for step in (0, side)})
