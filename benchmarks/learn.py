@@ -14,19 +14,21 @@ from vireo import config, report
 
 ROOT = Path(__file__).resolve().parents[1]
 
-SCRATCH = ["model.network.weights=null", "optimizer=muon", "lr=0.01", "warmup_steps=50", "checkpoint.every=500"]
 CASES = {
     # Users of the real recipe start from a released network, so the demonstration fine-tunes the shipped one.
     "taehv": ["experiment=taehv"],
-    # Small crops first: many independent pictures a second are what a young autoencoder needs.
+    # From nothing: Muon, and mostly small crops, since a young autoencoder needs many independent pictures a second.
     "taehv_scratch": [
         "experiment=taehv",
-        *SCRATCH,
-        "height=32",
-        "width=32",
-        "batch_size=4",
-        "steps=1000",
+        "model.network.weights=null",
+        "optimizer=muon",
+        "lr=0.02",
+        "warmup_steps=50",
+        "steps=2000",
+        "+data.sizes=[32,32,32,32,32,32,32,64]",
+        "data.crop_scale=[0.5,1.0]",
         "validation.every=250",
+        "checkpoint.every=500",
     ],
 }
 

@@ -36,9 +36,9 @@ TINY = [
 TIMING = ("seconds_per_step", "data_wait")  # of metrics.jsonl: the only figures that two equal runs differ in
 
 
-def make(outputs: Path, overrides: Sequence[str]) -> Path:
-    """A run's folder with its resolved config, as the launcher makes it."""
-    settings = config.settings([*TINY, f"paths.outputs={outputs}", *overrides])
+def make(outputs: Path, overrides: Sequence[str], shrunk: bool = True) -> Path:
+    """A run's folder with its resolved config, as the launcher makes it; `shrunk` begins from TINY."""
+    settings = config.settings([*(TINY if shrunk else ()), f"paths.outputs={outputs}", *overrides])
     folder = config.run_folder(settings)
     folder.mkdir(parents=True, exist_ok=True)
     config.save_resolved(settings, folder / "resolved.yaml")
@@ -67,9 +67,9 @@ def work(folder: Path, sabotage: Callable[[], None] | None = None, timeout: floa
     return process.exitcode
 
 
-def train(outputs: Path, *overrides: str) -> Path:
+def train(outputs: Path, *overrides: str, shrunk: bool = True) -> Path:
     """A finished run."""
-    folder = make(outputs, overrides)
+    folder = make(outputs, overrides, shrunk)
     assert work(folder) == 0, (folder / "train.log").read_text()
     return folder
 

@@ -190,6 +190,7 @@ class TAEHV(Network):
         if init not in ("he", "torch"):
             raise UserError(f"TAEHV starts from init 'he' or 'torch', got {init!r}.")
         self.gradient_checkpointing = gradient_checkpointing
+        self.spatial_upscale = self.variant.patch_size * 2 ** sum(decoder_space_upscale)
         self.encoder = make_encoder(self.variant, encoder_width, num_memblocks)
         self.decoder = make_decoder(self.variant, widths, num_memblocks, decoder_space_upscale)
         if weights is not None:
@@ -247,12 +248,7 @@ class TAEHV(Network):
         rounding. Raises UserError for another layout or for sides that are no multiples of the spatial downscale.
         """
         variant, size = self.variant, _frames_at_a_time(mode, chunk)
-        side = variant.spatial_downscale
-        if frames.ndim != 5 or frames.shape[2] != 3 or frames.shape[3] % side or frames.shape[4] % side:
-            raise UserError(
-                f"{variant.name} encodes frames (B, T, 3, H, W) with H and W multiples of {side}, "
-                f"got {tuple(frames.shape)}."
-            )
+        self.check_frames(frames)
         x = F.pixel_unshuffle(frames, variant.patch_size)
         missing = -x.shape[1] % (variant.span or variant.frames_per_latent)
         x = torch.cat([x, x[:, -1:].expand(-1, missing, -1, -1, -1)], dim=1)
@@ -269,18 +265,30 @@ class TAEHV(Network):
         K is `Variant.num_decoded(t)`. H3's latents are decoded as one clip though encoded in spans; where t is not
         5 k + 2, which no clip is encoded to, every frame that exists comes back (the reference fills up with black).
         """
-        variant = self.variant
-        if latents.ndim != 5 or latents.shape[1] != variant.latent_channels:
-            raise UserError(
-                f"{variant.name} decodes latents (B, C, t, h, w) with C = {variant.latent_channels}, "
-                f"got {tuple(latents.shape)}."
-            )
-        count = latents.shape[2]
+        self.check_latents(latents)
+        variant, count = self.variant, latents.shape[2]
         pieces = self._run(self.decoder, latents.transpose(1, 2), _frames_at_a_time(mode, chunk), {})
         frames = F.pixel_shuffle(torch.cat(list(pieces), dim=1), variant.patch_size)
         spans = frames.split((variant.latents_per_span or count) * variant.frames_per_decoded_latent, dim=1)
         frames = torch.cat([span[:, variant.frames_to_trim(count) :] for span in spans], dim=1)
         return frames.clamp(0, 1) if clamp else frames
+
+    def check_frames(self, frames: Tensor) -> None:
+        """Raise UserError unless frames are (B, T, 3, H, W) with sides that the variant can encode."""
+        side = self.variant.spatial_downscale
+        if frames.ndim != 5 or frames.shape[2] != 3 or frames.shape[3] % side or frames.shape[4] % side:
+            raise UserError(
+                f"{self.variant.name} encodes frames (B, T, 3, H, W) with H and W multiples of {side}, "
+                f"got {tuple(frames.shape)}."
+            )
+
+    def check_latents(self, latents: Tensor) -> None:
+        """Raise UserError unless latents are (B, C, t, h, w) with the variant's C."""
+        if latents.ndim != 5 or latents.shape[1] != self.variant.latent_channels:
+            raise UserError(
+                f"{self.variant.name} decodes latents (B, C, t, h, w) with C = {self.variant.latent_channels}, "
+                f"got {tuple(latents.shape)}."
+            )
 
     def export(self, folder: Path, state: Mapping[str, Tensor]) -> list[Path]:
         """Write `<folder>/<variant>.safetensors`: released key names, dtypes as given, the variant in the metadata."""
