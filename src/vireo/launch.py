@@ -169,7 +169,13 @@ def _start_once(resolved: Path, processes: int, held: int) -> int:
     command += ["vireo.worker", str(resolved)]
     verdict = resolved.with_name(EXIT_FILE)
     verdict.unlink(missing_ok=True)
-    environment = {**os.environ, "HYDRA_FULL_ERROR": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    # Threads that wait by spinning take the core from the loader's workers where there are few.
+    environment = {
+        "OMP_WAIT_POLICY": "PASSIVE",
+        **os.environ,
+        "HYDRA_FULL_ERROR": "1",
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+    }
     with subprocess.Popen(command, env=environment, pass_fds=(held,)) as child, _forward_signals(child):
         code = child.wait()
     # torch's launcher knows only success and failure; the main worker writes down what it was.

@@ -124,6 +124,18 @@ def test_what_is_kept_does_not_grow_with_the_clip(variant, size):
     assert max(kept.values()) == early
 
 
+@pytest.mark.parametrize("variant", ["taew2_1", "taeh3"])
+def test_a_long_piece_is_not_kept_alive(variant):
+    network, frames = small(variant), clip(variant, 36)
+    kept = []
+    for size in (1, 36):
+        encoder, decoder = EncoderStream(network), DecoderStream(network)
+        for piece in frames.split(size, dim=1):
+            decoder.push(encoder.push(piece))
+        kept.append(bytes_of(encoder) + bytes_of(decoder))
+    assert kept[0] == kept[1]
+
+
 def bytes_of(stream):
     """What a stream keeps alive: whole storages, since a view of one frame would hold on to its piece."""
     found = [value for value in vars(stream).values() if isinstance(value, torch.Tensor)]

@@ -99,7 +99,7 @@ class DecoderStream:
         three frames are dropped, of an even number they are not. Without it they are withheld until `finish`, which
         then returns the clip's FIRST frames, so that it goes in front: `torch.cat([finished, *pushed], dim=1)`. For
         the other variants nothing is ever withheld, and both orders are the same.
-    chunk: see EncoderStream. clamp: to [0, 1].
+    chunk: as in EncoderStream. clamp: to [0, 1].
     Raises UserError if num_latents or chunk is below 1.
     """
 
@@ -126,9 +126,9 @@ class DecoderStream:
         network.check_latents(latents)
         self.layout = _same_layout(latents, 2, self.layout)
         first, count = self.num_latents, latents.shape[2]
+        if self.expected is not None and first + count > self.expected:
+            raise UserError(f"The stream is for num_latents={self.expected}, but {first + count} were pushed.")
         self.num_latents += count
-        if self.expected is not None and self.num_latents > self.expected:
-            raise UserError(f"The stream is for num_latents={self.expected}, but {self.num_latents} were pushed.")
         height, width = (side * network.spatial_upscale for side in latents.shape[3:])
         nothing = latents.new_empty(len(latents), 0, 3, height, width)
         if first == 0:
