@@ -1,4 +1,4 @@
-"""Train a recipe: `python train.py experiment=taehv` (the same as `vireo train experiment=taehv`).
+"""Train a recipe: `python train.py experiment=<name>` (the same as `vireo train experiment=<name>`).
 
 Compose the config, validate it, hand it to the launcher; `python train.py --help` lists the choices.
 """

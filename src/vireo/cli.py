@@ -3,9 +3,8 @@
 import importlib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from vireo import config, faults
+from vireo import faults
 from vireo.errors import UserError
 
 VERBS = {
@@ -49,27 +48,11 @@ def run_verb(verb: str, words: Sequence[str]) -> int:
 
 
 def train() -> int:
-    """Compose what the command line says (once, or once for each job of a sweep), validate it, and run it."""
-    import hydra
-    from omegaconf import DictConfig
-
+    """`python train.py …` and `vireo train …`: one run, or a sweep; a user's mistake is printed without a traceback."""
     from vireo import launch
 
-    config.register()
-    jobs: list[launch.Job] = []
-    sweep: list[Path | None] = [None]
-
-    @hydra.main(version_base="1.3", config_path=str(config.conf_dir()), config_name="config")
-    def task(composed: DictConfig) -> float | None:
-        stopped = any(job.exit_code == faults.EXIT_STOPPED for job in jobs)
-        sweep[0] = launch.sweep_folder()
-        jobs.append(launch.job(composed, stopped))
-        return jobs[-1].best
-
     try:
-        with config.explain_mistakes(sys.argv[1:]):
-            task()
+        return launch.main(sys.argv[1:])
     except UserError as mistake:
         print(mistake, file=sys.stderr)
         return faults.EXIT_MISTAKE
-    return launch.conclude(jobs, sweep[0])

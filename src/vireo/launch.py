@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -33,6 +34,27 @@ class Job(NamedTuple):
     message: str = ""
 
 
+def main(words: Sequence[str]) -> int:
+    """Compose what the command line says (once, or once for each job of a sweep), validate it, and run it.
+
+    Returns the worst exit code. Raises UserError for words that Hydra cannot compose.
+    """
+    config.register()
+    jobs: list[Job] = []
+    sweep: list[Path | None] = [None]
+
+    @hydra.main(version_base="1.3", config_path=str(config.conf_dir()), config_name="config")
+    def task(composed: DictConfig) -> float | None:
+        stopped = any(one.exit_code == faults.EXIT_STOPPED for one in jobs)
+        sweep[0] = sweep_folder()
+        jobs.append(job(composed, stopped))
+        return jobs[-1].best
+
+    with config.explain_mistakes(words):
+        task()
+    return conclude(jobs, sweep[0])
+
+
 def job(composed: DictConfig, stopped: bool = False) -> Job:
     """Validate, resolve and run one composed config. A user's mistake is part of the answer, not an exception.
 
@@ -50,8 +72,8 @@ def job(composed: DictConfig, stopped: bool = False) -> Job:
 
 def sweep_folder() -> Path | None:
     """Where the running Hydra app keeps its sweep; None for a single run."""
-    hydra = HydraConfig.get()
-    return Path(hydra.sweep.dir) if hydra.mode == RunMode.MULTIRUN else None
+    settings = HydraConfig.get()
+    return Path(settings.sweep.dir) if settings.mode == RunMode.MULTIRUN else None
 
 
 def conclude(jobs: Sequence[Job], folder: Path | None) -> int:

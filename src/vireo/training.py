@@ -7,6 +7,7 @@ schedule, average -> log. It knows no recipe, no kind of model or loss and no st
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -67,7 +68,7 @@ def train(
     skips = faults.NonFiniteSteps(max_consecutive_skips, progress.skipped)
     bad_files: dict[str, str] = {}
     unread: tuple[int, Tensor, list[str]] | None = None  # last step's verdict, still on the device
-    clock, waited, timed_steps = time.perf_counter(), 0.0, 0
+    stopwatch = Stopwatch()
 
     for step in range(progress.step, steps):
         rate = schedule(step, steps)
@@ -79,9 +80,8 @@ def train(
 
         # ---------------------------------------------------------------- one gradient step
         for micro in range(accumulation):
-            asked = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - asked
+            with stopwatch.waiting():
+                batch = next(batches)
             names += [str(name) for name in batch.get("name", batch["position"].tolist())]
             bad_files.update(batch["bad"])
 
@@ -107,43 +107,54 @@ def train(
         if unread is not None:
             skips.see(unread[0], bool(unread[1]), unread[2])
         unread = (step, finite, names)
+        stopwatch.steps += 1
         progress = Progress(step + 1, progress.position + batch_size * accumulation * distributed.world_size(), 0)
         stopping = bool(flags & faults.STOP)
         last = progress.step == steps or stopping
         if last or progress.step % log_every == 0:
-            skips.see(*_read(unread))
+            skips.see(step, bool(finite), names)
             unread = None
-            timed_steps, elapsed = timed_steps + 1, time.perf_counter() - clock
-            report(
-                progress.step,
-                {
-                    **distributed.average({name: float(value) for name, value in figures.items()}),
-                    "grad_norm": float(norm),
-                    "lr": optimizer.param_groups[0]["lr"],
-                    "skipped_steps": skips.total,
-                    "bad_files": len(bad_files),
-                    "seconds_per_step": elapsed / timed_steps,
-                    "data_wait": waited / elapsed,
-                },
-            )
-            clock, waited, timed_steps = time.perf_counter(), 0.0, 0
-        else:
-            timed_steps += 1
+            means = distributed.average({name: float(value) for name, value in figures.items()})
+            state = {"grad_norm": float(norm), "lr": optimizer.param_groups[0]["lr"]}
+            counts = {"skipped_steps": skips.total, "bad_files": len(bad_files)}
+            report(progress.step, {**means, **state, **counts, **stopwatch.lap()})
         progress = progress._replace(skipped=skips.total)
 
         if flags & faults.BAD_DATA:
             raise faults.TooManyFaults(_bad_files_message(bad_files, max_bad_files))
-        pause = time.perf_counter()
-        at_boundary(progress, last)
-        clock += time.perf_counter() - pause  # validation and saving are not part of a step's time
+        with stopwatch.paused():  # validation and saving are not part of a step's time
+            at_boundary(progress, last)
         if stopping:
             break
     return progress
 
 
-def _read(unread: tuple[int, Tensor, list[str]]) -> tuple[int, bool, list[str]]:
-    step, finite, names = unread
-    return step, bool(finite), names
+class Stopwatch:
+    """Seconds per step, and the share of them that went into waiting for data, since the last lap."""
+
+    def __init__(self) -> None:
+        self._restart()
+
+    def _restart(self) -> None:
+        self.began, self.waited, self.steps = time.perf_counter(), 0.0, 0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        asked = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - asked
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        stopped = time.perf_counter()
+        yield
+        self.began += time.perf_counter() - stopped
+
+    def lap(self) -> dict[str, float]:
+        elapsed = time.perf_counter() - self.began
+        figures = {"seconds_per_step": elapsed / self.steps, "data_wait": self.waited / elapsed}
+        self._restart()
+        return figures
 
 
 def _bad_files_message(bad_files: Mapping[str, str], limit: int) -> str:
