@@ -55,7 +55,8 @@ def _environment() -> int:
     print("\nrecipes at full size:")
     for name in config.experiments():
         problems = config.problems([f"experiment={name}", "size=full"])
-        print(f"  {name:<22} {'ready' if not problems else problems[0]}")
+        missing_here = "; ".join(problem.message for problem in problems)
+        print(f"  {name:<22} {missing_here or 'ready'}")
     if missing:
         print(f"\nmissing: {', '.join(missing)}; `pip install -e .` installs what vireo needs")
     return 2 if missing else 0
