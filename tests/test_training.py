@@ -31,6 +31,7 @@ def run(
     skips=3,
     boundary=None,
     stop=None,
+    log_every=1,
 ):
     """Train the toy recipe; returns (network, average, reported figures, progress)."""
     strategy = distributed.Replicated(precision="fp32")
@@ -56,7 +57,7 @@ def run(
         batch_size=batch_size,
         accumulation=accumulation,
         max_grad_norm=1.0,
-        log_every=1,
+        log_every=log_every,
         max_consecutive_skips=skips,
         max_bad_files=1,
         stop=faults.StopRequest() if stop is None else stop,
@@ -144,3 +145,13 @@ def test_two_ranks_see_what_one_bigger_batch_sees():
         assert whole == left + right
     accumulated = list(Slices(10, 0, 3, 2, 2, 0, 1))
     assert list(itertools.chain(*one)) == list(itertools.chain(*accumulated))
+
+
+def test_a_skip_is_known_at_the_boundary_of_its_own_step():
+    skipped = {}
+    run(
+        loss=Denoise(poison_at=2),
+        log_every=100,
+        boundary=lambda progress, last: skipped.update({progress.step: progress.skipped}),
+    )
+    assert skipped == {1: 0, 2: 0, 3: 1, 4: 1, 5: 1, 6: 1}

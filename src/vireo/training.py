@@ -111,9 +111,11 @@ def train(
         progress = Progress(step + 1, progress.position + batch_size * accumulation * distributed.world_size(), 0)
         stopping = bool(flags & faults.STOP)
         last = progress.step == steps or stopping
-        if last or progress.step % log_every == 0:
+        logged = last or progress.step % log_every == 0
+        if logged or device.type == "cpu":  # where looking is free, a checkpoint knows its own step's verdict too
             skips.see(step, bool(finite), names)
             unread = None
+        if logged:
             means = distributed.average({name: float(value) for name, value in figures.items()})
             state = {"grad_norm": float(norm), "lr": optimizer.param_groups[0]["lr"]}
             counts = {"skipped_steps": skips.total, "bad_files": len(bad_files)}
