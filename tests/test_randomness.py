@@ -49,3 +49,11 @@ def test_seeding_the_default_generator_is_reproducible():
     first = torch.rand(4)
     seed_default(0, "network", (1, 0, 0))
     assert torch.equal(first, torch.rand(4))
+
+
+def test_a_pinned_purpose_has_one_value_and_the_others_stay():
+    draws = Draws(3, [5, 6])
+    pinned = draws.pinned({"timestep": 250})
+    assert pinned.integers("timestep", 0, 1000).tolist() == [250, 250]
+    assert pinned.to("cpu").uniform("timestep", 2).tolist() == [[250, 250], [250, 250]]
+    assert torch.equal(pinned.normal("noise", 4), draws.normal("noise", 4))

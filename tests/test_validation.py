@@ -3,6 +3,7 @@ import torch
 
 from tests.toys import Denoise, Denoised, ToyDataset, ToyNetwork
 from vireo.data.stream import Stream
+from vireo.losses.objective import Objective
 from vireo.models.encoders import NoEncoder
 from vireo.validation import SEED, means, measure_video, score_clips, validate
 
@@ -71,3 +72,15 @@ def test_pictures_are_written_and_means_taken(network, tmp_path):
     expected = means(score for score, _ in scores(network, 2, range(3)))
     assert figures == pytest.approx(expected)
     assert means([]) == {}
+
+
+def test_the_loss_is_the_mean_over_its_grid(network):
+    class Timed(Denoise):
+        grid = ({"level": 0.0}, {"level": 3.0})
+
+        def __call__(self, network, batch, draws):
+            return Objective(draws.uniform("level").mean() ** 2, {})
+
+    stream = Stream(ToyDataset(side=16), SEED, shuffle=False)
+    [(score, _)] = score_clips(network, NoEncoder(), Timed(), Denoised(), stream, [0], 1, CPU)
+    assert score.measures["loss"] == 4.5

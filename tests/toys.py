@@ -82,7 +82,7 @@ class Denoised:
         frames = to_pixels(batch["frames"])
         return {"target": (frames + 1) / 2, "prediction": (network(frames) + 1) / 2}
 
-    def figures(self, network: nn.Module, encoder: object, batch: dict, draws: Draws) -> dict[str, Tensor]:
+    def measure(self, network: nn.Module, encoder: object, batch: dict, columns: dict) -> dict[str, Tensor]:
         return {"brightness": batch["frames"].float().mean(dim=(1, 2, 3, 4))}
 
     def baselines(self, batch: dict) -> dict[str, Tensor]:

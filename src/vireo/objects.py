@@ -19,7 +19,7 @@ from vireo.models.network import Network
 from vireo.randomness import seed_default
 from vireo.schedules import Schedule
 from vireo.tracking import Tracker
-from vireo.validation import Sampler
+from vireo.validation import Evaluation, Sampler
 
 Settings = dict[str, Any]
 
@@ -47,6 +47,12 @@ def loss(settings: Settings) -> Loss:
 
 def sampler(settings: Settings) -> Sampler:
     return config.instantiate(settings["model"]["sampler"])
+
+
+def evaluations(settings: Settings) -> dict[str, Evaluation]:
+    return {
+        name: config.instantiate(node) for name, node in (settings["model"].get("evaluations") or {}).items() if node
+    }
 
 
 def network(settings: Settings) -> Network:

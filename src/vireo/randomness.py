@@ -6,7 +6,7 @@ checkpoint has no random state to save. What is drawn once for a whole step is k
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ class Draws:
         self.positions = [int(p) for p in positions]
         self.device = torch.device(device)
         self.step = step
+        self.pins: dict[str, float] = {}
 
     def normal(self, purpose: str, *shape: int) -> Tensor:
         """Standard normal float32, (B, *shape)."""
@@ -58,9 +59,18 @@ class Draws:
         return int(torch.randint(low, high, (), generator=generator(self.seed, purpose, ("step", self.step))))
 
     def to(self, device: str | torch.device) -> "Draws":
-        return Draws(self.seed, self.positions, device, self.step)
+        return Draws(self.seed, self.positions, device, self.step).pinned(self.pins)
+
+    def pinned(self, pins: Mapping[str, float]) -> "Draws":
+        """The same draws, but with one value, the same for all samples, for each purpose in `pins`."""
+        pinned = Draws(self.seed, self.positions, self.device, self.step)
+        pinned.pins = {**self.pins, **pins}
+        return pinned
 
     def _rows(self, purpose: str, draw) -> Tensor:
+        if purpose in self.pins:
+            pinned = torch.full_like(draw(generator(self.seed, purpose, 0)), self.pins[purpose])
+            return pinned.expand(len(self.positions), *pinned.shape).to(self.device)
         rows = [draw(generator(self.seed, purpose, position)) for position in self.positions]
         return torch.stack(rows).to(self.device)
 

@@ -30,8 +30,34 @@ class Sampler(Protocol):
         """What one gets without any network, in the same layout as "target"."""
         ...
 
-    def figures(self, network: nn.Module, encoder: Encoder, batch: dict, draws: Draws) -> dict[str, Tensor]:
-        """What is measured elsewhere than in pixels (latents, say): (B,) each; {} if nothing is."""
+    def measure(
+        self, network: nn.Module, encoder: Encoder, batch: dict, columns: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """What is measured beside whole frames (latents, a region): (B,) each; {} if nothing is.
+
+        columns: this sampler's, and its baselines. Names are "<measure>" or, for another column than the prediction,
+        "<column>/<measure>".
+        """
+        ...
+
+
+class Evaluation(Protocol):
+    """A measurement that only `vireo evaluate` makes, since it costs much; `model.evaluations` names a recipe's."""
+
+    def __call__(
+        self,
+        network: nn.Module,
+        encoder: Encoder,
+        sampler: Sampler,
+        stream: Stream,
+        indices: Sequence[int],
+        device: torch.device,
+        folder: Path,
+    ) -> Sequence[Mapping[str, Any]]:
+        """Rows of a table, JSON values with the same keys in each. What is skipped says why in a row.
+
+        stream, indices: held-out clips. folder: for pictures and videos.
+        """
         ...
 
 
@@ -65,13 +91,13 @@ def score_clips(
             draws = Draws(SEED, batch["position"], device)
             names = batch.get("name", [str(index) for index in some])
             batch = encoder(to_device(batch, device), draws)
-            objective = loss(network, batch, draws)
+            totals = [loss(network, batch, draws.pinned(point)).total for point in loss.grid]
             columns = sampler(network, encoder, batch, draws)
             baselines = sampler.baselines(batch) if "target" in columns else {}
-            figures = sampler.figures(network, encoder, batch, draws)
+            figures = sampler.measure(network, encoder, batch, {**columns, **baselines})
             for row, (index, name) in enumerate(zip(some, names, strict=True)):
                 shown = {title: to_uint8(video[row], low=0).cpu() for title, video in columns.items()}
-                measures = {"loss": float(objective.total), **{n: float(v[row]) for n, v in figures.items()}}
+                measures = {"loss": float(sum(totals) / len(totals)), **{n: float(v[row]) for n, v in figures.items()}}
                 for title, video in {**columns, **baselines}.items():
                     if "target" in columns and title != "target" and video.shape == columns["target"].shape:
                         prefix = "" if title == "prediction" else f"{title}/"

@@ -97,19 +97,19 @@ def test_without_the_teachers_decoder(teacher, monkeypatch):
 
 def test_figures_of_the_latents(teacher):
     tiny, data = network(), batch(teacher)
-    figures = FourPaths().figures(Wrapped(tiny), teacher, data, DRAWS)
+    figures = FourPaths().measure(Wrapped(tiny), teacher, data, {})
     own = tiny.encode(data["frames"].float() / 255).detach()
     error = (own - data["target_latents"]).double().square().mean((1, 2, 3, 4))
     torch.testing.assert_close(figures["latent_mse"], error, rtol=1e-5, atol=0)
     assert all(value.shape == (2,) and not value.requires_grad for value in figures.values())
     expected = ["latent_mse", "latent_r2", "latent_correlation", "latent_mean_shift", "latent_std_ratio"]
     assert list(figures) == expected
-    perfect = FourPaths().figures(tiny, teacher, {**data, "target_latents": own}, DRAWS)
+    perfect = FourPaths().measure(tiny, teacher, {**data, "target_latents": own}, {})
     assert perfect["latent_correlation"].tolist() == pytest.approx([1, 1])
 
 
 def test_a_batch_without_a_teacher(teacher):
     data = {"frames": batch(teacher)["frames"]}
-    for compare in (FourPaths(), FourPaths().figures):
+    for compare in (FourPaths(), FourPaths().measure):
         with pytest.raises(UserError, match="no target_latents: .*model=taehv_cogvideox"):
             compare(network(), teacher, data, DRAWS)

@@ -12,7 +12,7 @@ from typing import Any
 NOT_PART_OF_A_RUN = (
     "run", "resume", "notes", "tags", "allow_changes", "allow_targets", "interpolations", "machine", "mini_of",
     "launcher", "strategy", "logging", "tracker", "validation", "checkpoint", "loader", "faults",
-    "paths.outputs", "model.sampler", "model.checks",
+    "paths.outputs", "model.sampler", "model.checks", "model.evaluations",
 )  # fmt: skip
 LENGTH = ("steps", "epochs")
 DIGITS = 8  # of the hash: 32 bits, for the few runs of one experiment

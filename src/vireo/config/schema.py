@@ -176,7 +176,7 @@ TARGET_GROUPS = {
 }
 
 # Nodes of `model`, and whether a run needs them. `noise_schedule` and `inputs` are there to be interpolated; `checks`
-# holds functions that judge the config before torch is imported.
+# holds functions that judge the config before torch is imported, `evaluations` what only `vireo evaluate` measures.
 MODEL_NODES = {
     "network": True,
     "encoder": True,
@@ -184,6 +184,7 @@ MODEL_NODES = {
     "noise_schedule": False,
     "inputs": False,
     "checks": False,
+    "evaluations": False,
 }
 
 # Arguments that vireo passes itself when it makes the object, and what a person sets instead.

@@ -68,8 +68,9 @@ def _check_groups(values: dict[str, Any]) -> Iterator[Problem]:
     for name, needed in MODEL_NODES.items():
         if needed:
             yield from _check_presence(f"model.{name}", model.get(name), True, "model")
-    for name, node in (model.get("checks") or {}).items():
-        yield from _check_presence(f"model.checks.{name}", node, False, "model")
+    for group in ("checks", "evaluations"):
+        for name, node in (model.get(group) or {}).items():
+            yield from _check_presence(f"model.{group}.{name}", node, False, "model")
 
 
 def _check_presence(path: str, node: Any, needed: bool, group: str) -> Iterator[Problem]:

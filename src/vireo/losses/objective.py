@@ -1,5 +1,6 @@
 """What a loss returns, and the little that every loss shares."""
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,10 @@ class Loss:
     """
 
     learning: bool = True
+
+    # Where validation asks for the loss, by purposes of `draws`; "loss" is the mean over these points. A diffusion loss
+    # gives timesteps here, since its value at random ones says little about a network.
+    grid: Sequence[Mapping[str, float]] = ({},)
 
     def __call__(self, network: nn.Module, batch: dict, draws: Draws) -> Objective:
         raise TypeError(f"{type(self).__name__} does not say what it minimises: define __call__")

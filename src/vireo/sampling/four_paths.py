@@ -1,5 +1,7 @@
 """A tiny autoencoder and its teacher, crossed: which of the four halves is to blame for what one sees."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -48,7 +50,9 @@ class FourPaths:
         return {name: video[:, :length].float().clamp(0, 1) for name, video in columns.items()}
 
     @torch.no_grad()
-    def figures(self, network: nn.Module, encoder: Teacher, batch: dict, draws: Draws) -> dict[str, Tensor]:
+    def measure(
+        self, network: nn.Module, encoder: Teacher, batch: dict, columns: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
         """How close the tiny encoder's latents are to the teacher's, one value a clip; see `compare_latents`. (B,)"""
         frames, given = to_pixels(batch["frames"], low=0.0), _target_latents(batch)
         own = network(frames, decode=False, mode=self.mode, chunk=self.chunk).latents

@@ -1,5 +1,7 @@
 """An autoencoder's clips as they come back, beside the originals."""
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,7 +34,9 @@ class Reconstruction:
         prediction = network(frames, mode=self.mode, chunk=self.chunk).frames.float().clamp(0, 1)
         return {"target": frames[:, : prediction.shape[1]], "prediction": prediction}
 
-    def figures(self, network: nn.Module, encoder: object, batch: dict, draws: Draws) -> dict[str, Tensor]:
+    def measure(
+        self, network: nn.Module, encoder: object, batch: dict, columns: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
         """Everything is seen in the pixels."""
         return {}
 

@@ -24,7 +24,7 @@ def main(words: Sequence[str]) -> int:
     from vireo.verbs import trained
 
     network, about = trained.network(given)
-    encoder = objects.encoder(given.settings)
+    encoder, sampler = objects.encoder(given.settings), objects.sampler(given.settings)
     encoder.to(trained.device())
     stream = Stream(objects.dataset(given.settings, "validation"), SEED, shuffle=False)
     folder = Path(given.own.get("out", (given.folder or Path()) / "evaluation"))
@@ -40,7 +40,7 @@ def main(words: Sequence[str]) -> int:
         network,
         encoder,
         objects.loss(given.settings),
-        objects.sampler(given.settings),
+        sampler,
         stream,
         range(count),
         given.settings["batch_size"],
@@ -59,8 +59,13 @@ def main(words: Sequence[str]) -> int:
 
     mean = means(scores)
     rows = [{"clip": s.name, **s.measures} for s in scores]
-    write_json(folder / "metrics.json", {"weights": about, "clips": len(scores), "mean": mean, "each": rows})
     print(f"{len(scores)} held-out clips, weights: {about}\n\n{report.comparison(mean)}\n")
+    tables = {}
+    for name, evaluation in objects.evaluations(given.settings).items():
+        tables[name] = list(evaluation(network, encoder, sampler, stream, range(count), trained.device(), folder))
+        print(f"{name.replace('_', ' ')}\n{report.table(tables[name])}\n", flush=True)
+    about_all = {"weights": about, "clips": len(scores), "mean": mean, "each": rows, "evaluations": tables}
+    write_json(folder / "metrics.json", about_all)
     print(f"each clip  {folder / 'metrics.json'}\nvideos     {folder}/worst_*.mp4, best_*.mp4")
     if scores and settings["metric"] in mean:
         report.write_csv(rows, folder / "metrics.csv")
