@@ -15,7 +15,7 @@ $(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
 	echo "set-up took $$(( $$(date +%s) - start )) s" && touch $@
 
 demo: setup
-	$(RUN) train.py experiment=taehv
+	$(RUN) train.py
 
 test: setup
 	$(RUN) -m pytest -m "not full"

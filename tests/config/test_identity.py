@@ -19,7 +19,7 @@ def digest(*words: str) -> str:
 
 def test_hash_is_the_same_in_another_process(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(vireo.__file__).parents[1]))
-    code = "from vireo import config; print(config.config_hash(config.settings([])))"
+    code = "from vireo import config; print(config.config_hash(config.settings(['experiment=taehv'])))"
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     assert re.fullmatch(r"[0-9a-f]{8}", there) and there == digest()
 
