@@ -4,6 +4,7 @@ import csv
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from tests import runs
@@ -95,6 +97,18 @@ def test_a_named_run_can_be_lengthened_but_not_changed(vireo, tmp_path):
     code, said = vireo("train", *runs.TINY, "run=mine", "steps=6", "lr=0.5", "seed=7")
     assert code == 2 and "lr: 0.0005 in the run, 0.5 now" in said and "seed: 0 in the run, 7 now" in said
     assert vireo("train", *runs.TINY, "run=mine", "steps=6", "lr=0.5", "allow_changes=[lr]")[0] == 0
+
+
+def test_a_run_that_preempts_itself_equals_an_undisturbed_one(vireo, tmp_path):
+    code, said = vireo("train", *runs.TINY, "steps=6", "run=calm", "warmup_steps=0")
+    assert code == 0 and re.search(r"held-out loss on fixed draws: \S+ at step 0, \S+ at step 6", said)
+    code, said = vireo("train", *runs.TINY, "steps=6", "run=again", "debug=sanity", "warmup_steps=0")
+    assert code == 0 and "starting again from step 5" in said and "step 5 of 6" in said
+    one, two = (checkpoint.latest(tmp_path / "taehv" / name) for name in ("calm", "again"))
+    assert one.step == two.step == 6
+    for part in ("network", "optimizer", "ema"):
+        first, second = one.tensors(part), two.tensors(part)
+        assert all(torch.equal(first[name], second[name]) for name in first), part
 
 
 def test_resume_none_starts_beside_and_an_explicit_checkpoint_must_be_there(vireo, tmp_path):

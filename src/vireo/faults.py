@@ -34,6 +34,10 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self.signal is not None
 
+    def ask(self) -> None:
+        """Ask for a stop without a signal."""
+        self._handle(signal.SIGTERM, None)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         # One Ctrl-C can arrive twice at once: from the terminal and passed on by torch's launcher.
         if self.signal is not None and number == signal.SIGINT and time.monotonic() - self.asked_at > 1:

@@ -17,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from vireo import config, faults, report, run_folder
+from vireo import checkpoint, config, faults, report, run_folder
 from vireo.errors import UserError
 from vireo.tracking import read_metrics
 
@@ -129,6 +129,9 @@ def run(settings: dict[str, Any], overrides: Sequence[str]) -> Job:
 
             world.ensure()
         code = start(folder / "resolved.yaml", settings["launcher"], held)
+        if code == faults.EXIT_STOPPED and checkpoint.steps(folder)[-1:] == [settings["preempt_at"]]:
+            print(f"starting again from step {settings['preempt_at']} (preempt_at)", flush=True)
+            code = start(folder / "resolved.yaml", settings["launcher"], held)
     done = run_folder.finished(folder)
     return Job(list(overrides), folder, code, (done["best"] or {}).get("value") if done else None)
 

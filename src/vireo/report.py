@@ -69,7 +69,13 @@ def _baselines(axis: Any, panel: str, rows: Sequence[Mapping[str, Any]]) -> None
 def where_to_look(folder: Path, exported: Sequence[Path], picture: Path, figures: Mapping[str, float]) -> str:
     """The last words of a run."""
     samples = sorted((folder / "samples").glob("step_*"))
-    lines = [f"\nheld-out clips:\n{comparison(figures)}\n", "Where to look:", f"  curves        {picture}"]
+    lines = [f"\nheld-out clips:\n{comparison(figures)}\n"]
+    rows = read_metrics(folder / "metrics.jsonl")
+    losses = [(row["step"], row["validation/loss"]) for row in rows if "validation/loss" in row]
+    if len(losses) > 1:  # at the same draws, so they can be compared, which losses of training cannot
+        said = ", ".join(f"{loss:.4g} at step {step}" for step, loss in (losses[0], losses[-1]))
+        lines.append(f"held-out loss on fixed draws: {said}\n")
+    lines += ["Where to look:", f"  curves        {picture}"]
     if samples:
         lines.append(f"  side by side  {samples[-1]}/*.mp4, *.png")
     lines.append(f"  metrics       {folder / 'metrics.jsonl'}")

@@ -108,7 +108,7 @@ class Run:
 
     def train(self, stop: faults.StopRequest) -> int:
         """From the newest checkpoint to the end of the run; returns the exit code."""
-        settings, progress = self.settings, self.resume()
+        settings, progress, self.stop = self.settings, self.resume(), stop
         if distributed.is_main():
             metrics_file = tracking.MetricsFile(self.folder / "metrics.jsonl", progress.step)
             self.log = tracking.Log(metrics_file, objects.tracker(settings))
@@ -187,6 +187,8 @@ class Run:
         overdue = saving["every_minutes"] and time.monotonic() - self.saved_at > 60 * saving["every_minutes"]
         # Clocks differ between ranks; the main process's decides.
         overdue = distributed.gather(bool(overdue))[0] if saving["every_minutes"] else False
+        if progress.step + 1 == self.settings["preempt_at"]:
+            self.stop.ask()  # the next step is then the last one of this process
         if last or overdue or _due(progress.step, saving["every"]) or (improved and saving["keep_best"]):
             self.save(progress, final=last)
             if improved and saving["keep_best"] and distributed.is_main():
