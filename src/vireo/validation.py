@@ -8,10 +8,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from vireo import distributed, video_io
-from vireo.data.stream import Stream, collate, to_device
+from vireo import distributed
+from vireo.comparison import show
+from vireo.data.stream import Stream
 from vireo.losses.objective import Loss
-from vireo.metrics import MEASURES
+from vireo.metrics import measure_video
 from vireo.models.encoders import Encoder
 from vireo.pixels import to_uint8
 from vireo.randomness import Draws
@@ -62,11 +63,12 @@ class Evaluation(Protocol):
 
 
 class ClipScore(NamedTuple):
-    """The measures of one held-out clip: {"psnr": …, "mean colour/psnr": …, "loss": …}."""
+    """The measures of one held-out clip: {"psnr": …, "mean colour/psnr": …, "loss": …}. fps: its own, if known."""
 
     clip: int
     name: str
     measures: dict[str, float]
+    fps: float | None = None
 
 
 @torch.no_grad()
@@ -87,15 +89,16 @@ def score_clips(
     learning, loss.learning = loss.learning, False
     try:
         for some in _batches(indices, batch_size):
-            batch = collate([stream[(index, 0)] for index in some])
-            draws = Draws(SEED, batch["position"], device)
+            batch = stream.batch(some, device)
+            draws = Draws(stream.seed, batch["position"], device)
             names = batch.get("name", [str(index) for index in some])
-            batch = encoder(to_device(batch, device), draws)
+            rates = batch.get("fps", [None] * len(some))
+            batch = encoder(batch, draws)
             totals = [loss(network, batch, draws.pinned(point)).total for point in loss.grid]
             columns = sampler(network, encoder, batch, draws)
             baselines = sampler.baselines(batch) if "target" in columns else {}
             figures = sampler.measure(network, encoder, batch, {**columns, **baselines})
-            for row, (index, name) in enumerate(zip(some, names, strict=True)):
+            for row, (index, name, fps) in enumerate(zip(some, names, rates, strict=True)):
                 shown = {title: to_uint8(video[row], low=0).cpu() for title, video in columns.items()}
                 measures = {"loss": float(sum(totals) / len(totals)), **{n: float(v[row]) for n, v in figures.items()}}
                 for title, video in {**columns, **baselines}.items():
@@ -103,15 +106,9 @@ def score_clips(
                         prefix = "" if title == "prediction" else f"{title}/"
                         for measure, values in measure_video(video[row], columns["target"][row]).items():
                             measures[prefix + measure] = values
-                yield ClipScore(index, str(name), measures), shown
+                yield ClipScore(index, str(name), measures, fps), shown
     finally:
         loss.learning = learning
-
-
-def measure_video(prediction: Tensor, target: Tensor) -> dict[str, float]:
-    """Every weight-free measure of one clip (T, C, H, W), on the pixels an 8-bit video would have."""
-    a, b = (to_uint8(video, low=0).float().div(255)[None] for video in (prediction, target))
-    return {name: float(measure(a, b)[0]) for name, measure in MEASURES.items()}
 
 
 def means(scores: Iterable[ClipScore]) -> dict[str, float]:
@@ -131,14 +128,14 @@ def validate(
     batch_size: int,
     device: torch.device,
     folder: Path,
-    fps: float,
+    fps: float | None = None,
     pictures: int = 4,
 ) -> dict[str, float]:
     """Mean measures over the first `clips` held-out clips, shared out over the ranks; the same on every rank.
 
     Every rank takes equally many clips (some twice, counted once), since the network's forward may be a collective.
     Writes side-by-side videos and one PNG grid of the first `pictures` clips into `folder`, each on the rank that
-    has it.
+    has it. fps: of these videos; None: the clips' own.
     """
     count = min(clips, len(stream.dataset))
     rank, world = distributed.rank(), distributed.world_size()
@@ -147,20 +144,14 @@ def validate(
     for score, columns in score_clips(network, encoder, loss, sampler, stream, mine, batch_size, device):
         scores.append(score)
         if score.clip < pictures:
-            shown[score.clip] = columns
+            shown[score.clip] = (columns, fps or score.fps)
     everything = {s.clip: s for s in itertools.chain(*distributed.gather(scores))}
     if distributed.is_main():
         folder.mkdir(parents=True, exist_ok=True)
     distributed.barrier()
-    for index, columns in shown.items():
-        show(columns, folder / f"clip_{index:03d}", fps)
+    for index, (columns, rate) in shown.items():
+        show(columns, folder / f"clip_{index:03d}", rate)
     return means(everything[index] for index in sorted(everything))
-
-
-def show(columns: Mapping[str, Tensor], path: Path, fps: float) -> None:
-    """Write one clip's columns side by side: `path`.mp4 and a grid of frames, `path`.png."""
-    video_io.write_video(path.with_suffix(".mp4"), video_io.side_by_side(columns), fps)
-    video_io.write_grid(path.with_suffix(".png"), columns)
 
 
 def _batches(indices: Sequence[int], size: int) -> Iterator[list[int]]:
