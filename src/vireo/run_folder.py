@@ -17,7 +17,8 @@ from typing import Any
 from vireo.errors import UserError
 
 PACKAGES = (
-    "torch", "accelerate", "diffusers", "transformers", "datasets", "safetensors", "hydra-core", "decord", "av", "numpy",
+    "torch", "accelerate", "diffusers", "transformers", "datasets", "safetensors", "hydra-core", "decord", "av",
+    "numpy",
 )  # fmt: skip
 
 
