@@ -35,7 +35,7 @@ def test_prepare_then_check(vireo, given, tmp_path):
     code, said = vireo("prepare", *given, f"out={tmp_path / 'made'}")
     assert code == 0 and "5 of 5 clips kept (train 3, val 1, test 1), 0 left out" in said
     code, said = vireo("check", *given[:3], f"paths.data={tmp_path / 'made'}")
-    assert code == 0 and "input_frames: List(Value('string'), length=20)" in said and "clips          3" in said
+    assert code == 0 and "input_frames: " in said and "length=20" in said and "clips          3" in said
     assert "drop_object 1, move_object 1" in said
 
 
