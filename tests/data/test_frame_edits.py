@@ -287,11 +287,10 @@ def test_a_root_without_clips_is_refused_and_one_below_is_found(root, tmp_path):
 
 def test_prepare_tells_where_the_dataset_is(root, tmp_path):
     raw = shutil.copytree(root, tmp_path / "raw")
-    edited = FrameEdits(raw, 20, 8, 8)
-    assert f"data.root={tmp_path / 'raw_arrow'}" in edited.prepare()
+    assert f"data.root={tmp_path / 'raw_arrow'}" in FrameEdits.prepare(raw)
     assert len(FrameEdits(tmp_path / "raw_arrow", 20, 8, 8)) == 3
     with pytest.raises(UserError, match="already"):
-        FrameEdits(tmp_path / "raw_arrow", 20, 8, 8).prepare()
+        FrameEdits.prepare(tmp_path / "raw_arrow")
 
 
 @pytest.mark.skipif("VIREO_SAMPLE_DATA" not in os.environ, reason="VIREO_SAMPLE_DATA is not set: no real clips")

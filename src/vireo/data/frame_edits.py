@@ -154,17 +154,23 @@ class FrameEdits:
                 found.append(f"{clip.name}: {target.path} has changed since the conversion: convert it anew")
         return found
 
+    @staticmethod
     def prepare(
-        self, out: str | Path | None = None, strict: bool = False, resplit: float | None = None, seed: int = 0
+        root: str | Path,
+        out: str | Path | None = None,
+        strict: bool = False,
+        resplit: float | None = None,
+        seed: int = 0,
     ) -> str:
         """For `vireo prepare`: convert the raw layout to a Hugging Face dataset (`edit_clips_conversion.convert`).
 
         out: default `<root>_arrow`. Returns what to tell. Raises UserError.
         """
-        if self.is_arrow:
-            raise UserError(f"{self.root} is a Hugging Face dataset already: give the raw layout, paths.data=…")
-        folder = Path(out).expanduser() if out is not None else self.root.with_name(f"{self.root.name}_arrow")
-        report = edit_clips_conversion.convert(self.root, folder, strict=strict, resplit=resplit, seed=seed)
+        raw = _layout_folder(Path(root).expanduser())
+        if (raw / edit_clips_arrow.MARKER).is_file():
+            raise UserError(f"{raw} is a Hugging Face dataset already: give the raw layout, paths.data=…")
+        folder = Path(out).expanduser() if out is not None else raw.with_name(f"{raw.name}_arrow")
+        report = edit_clips_conversion.convert(raw, folder, strict=strict, resplit=resplit, seed=seed)
         return f"{report}\ndataset  {folder}\nto train on it: data.root={folder}"
 
     @property

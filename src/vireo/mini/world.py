@@ -110,14 +110,18 @@ def _running(programs: Mapping[str, str], world: Path) -> Iterator[None]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     children = {
         module: subprocess.Popen(
-            [sys.executable, "-m", module, str(world / folder)], env=environment, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-m", module, str(world / folder)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         for module, folder in programs.items()
     }
     try:
         yield
         for module, child in children.items():
-            _, said = child.communicate()
+            said, _ = child.communicate()
             if child.returncode:
                 raise RuntimeError(f"python -m {module} failed with {child.returncode}:\n{said}")
     finally:

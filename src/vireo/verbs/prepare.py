@@ -3,6 +3,8 @@ vireo prepare mini out=<folder> [clips=480]
 
 Convert a recipe's raw data into what it reads best. Entries that cannot be used are left out and reported; strict=true
 refuses them. resplit=0.1 holds a tenth of the entries out, by `seed`, in place of the split that the data have.
+A dataset's class takes part by a static method `prepare`, which gets what it names of its node's values and of these.
+
 `prepare mini` writes the edited clips of the demonstration, in the raw layout, to look at or to train on: `clips` is
 the number of those for training.
 """
@@ -14,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from vireo.config.instantiation import locate
 from vireo.errors import UserError
 from vireo.verbs import arguments
 
@@ -25,23 +28,22 @@ def main(words: Sequence[str]) -> int:
     if list(words[:1]) == ["mini"]:
         return _mini(words[1:])
     given = arguments.read(words, OWN)
-    options = {name: _value(name, text) for name, text in given.own.items()}
+    own = {name: _value(name, text) for name, text in given.own.items()}
     if given.settings["size"] == "mini":
         from vireo.mini import world
 
         world.ensure()
-    from vireo import objects
-
-    dataset: Any = objects.dataset(given.settings, "train")
-    name = given.settings["data"]["_target_"]
-    if not hasattr(dataset, "prepare"):
+    node = given.settings["data"]
+    name = node["_target_"]
+    prepare = getattr(locate(name), "prepare", None)
+    if prepare is None:
         raise UserError(f"data of {given.settings['experiment']}: {name} is read as it is, there is nothing to prepare")
-    options["seed"] = given.settings["seed"]
-    takes = inspect.signature(dataset.prepare).parameters
-    unknown = [option for option in given.own if option not in takes]
+    takes = inspect.signature(prepare).parameters
+    unknown = own.keys() - takes.keys()
     if unknown:
-        raise UserError(f"{name} does not prepare with {', '.join(unknown)}; it takes {', '.join(takes)}")
-    print(dataset.prepare(**{option: value for option, value in options.items() if option in takes}))
+        raise UserError(f"{name} is not prepared with {', '.join(sorted(unknown))}; it takes {', '.join(takes)}")
+    values = {"seed": given.settings["seed"], **node, **own}
+    print(prepare(**{argument: value for argument, value in values.items() if argument in takes}))
     return 0
 
 
