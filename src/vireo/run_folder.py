@@ -16,7 +16,10 @@ from typing import Any
 
 from vireo.errors import UserError
 
-PACKAGES = ("torch", "accelerate", "diffusers", "transformers", "safetensors", "hydra-core", "decord", "av", "numpy")
+PACKAGES = (
+    "torch", "accelerate", "diffusers", "transformers", "datasets", "safetensors", "hydra-core", "decord", "av",
+    "numpy",
+)  # fmt: skip
 
 
 @contextmanager

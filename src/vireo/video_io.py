@@ -8,6 +8,7 @@ decord shows wrong frames after seeking in an open group of pictures, for one, w
 decord has no wheel. `VIREO_DECODER=decord|pyav` forces one of the two.
 """
 
+import io
 import os
 import re
 from bisect import bisect_right
@@ -156,12 +157,13 @@ def probe(path: str | Path, folder_fps: float = 24.0) -> VideoInfo:
         video.close()
 
 
-def read_image(path: str | Path) -> Tensor:
+def read_image(path: str | Path, content: bytes | None = None) -> Tensor:
     """One picture, uint8 RGB (C, H, W). Palettes and grey are expanded, transparency is dropped.
 
-    Raises BadVideoError if it cannot be read.
+    content: the bytes of the file if they have been read; `path` then only names it. Raises BadVideoError if it cannot
+    be read.
     """
-    return torch.from_numpy(_read_image(Path(path))).permute(2, 0, 1)
+    return torch.from_numpy(_read_image(Path(path), content)).permute(2, 0, 1)
 
 
 def is_frame(name: str) -> bool:
@@ -531,9 +533,9 @@ def _stacked(frames: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(frames))
 
 
-def _read_image(path: Path) -> np.ndarray:
+def _read_image(path: Path, content: bytes | None = None) -> np.ndarray:
     """uint8 RGB (H, W, C)."""
-    with _unreadable_image(path), Image.open(path) as image:
+    with _unreadable_image(path), Image.open(path if content is None else io.BytesIO(content)) as image:
         return np.array(image.convert("RGB"))
 
 

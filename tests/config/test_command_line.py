@@ -24,7 +24,7 @@ PROGRAM = textwrap.dedent(
     @hydra.main(version_base="1.3", config_path=str(config.conf_dir()), config_name="config")
     def task(cfg):
         settings = config.settled(cfg)
-        assert "torch" not in sys.modules and "diffusers" not in sys.modules
+        assert not {"torch", "diffusers", "datasets"} & set(sys.modules)
         print(settings["run"], settings["seed"], settings["tracker"])
 
     try:

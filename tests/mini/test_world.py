@@ -3,6 +3,8 @@
 import json
 import multiprocessing
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 from vireo.errors import UserError
-from vireo.mini import scenes, world
+from vireo.mini import frame_edits, scenes, world
 
 av = pytest.importorskip("av")
 
@@ -29,6 +31,7 @@ def few(monkeypatch):
     """A world of two clips and no weights, for the tests that are about how it is made."""
     monkeypatch.setattr(world, "NUM_CLIPS", 2)
     monkeypatch.setattr(world, "PARTS", (world.write_clips,))
+    monkeypatch.setattr(world, "PROGRAMS", {})
 
 
 def annotations(folder: Path) -> list[dict]:
@@ -68,6 +71,13 @@ def test_weights_lie_under_the_real_names(made):
     assert (made / "weights/taehv/taecvx.safetensors").is_file()
     for vae in ("sd-vae-ft-mse", "CogVideoX-2b/vae", "Wan2.1-T2V-1.3B-Diffusers/vae"):
         assert json.loads((made / "weights" / vae / "config.json").read_text())["_class_name"].startswith("Autoencoder")
+
+
+def test_edited_clips_lie_where_their_recipe_looks(made):
+    edits = made / "data" / "frame_edits"
+    rows = json.loads((edits / "metadata.json").read_text())
+    assert len(rows) == frame_edits.NUM_TRAINING + 2 * frame_edits.NUM_HELD_OUT
+    assert len(list(edits.glob("*/*/*"))) == len(rows)
 
 
 def test_a_second_call_reads_nothing_and_writes_nothing(made):
@@ -111,6 +121,28 @@ def test_an_interrupted_build_leaves_no_world_and_the_next_one_succeeds(few, tmp
     assert not (tmp_path / "world").exists()
     assert len(annotations(world.ensure(tmp_path / "world"))) == 2
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["world"]
+
+
+def test_a_program_that_fails_says_why_and_leaves_no_world(few, tmp_path, monkeypatch):
+    monkeypatch.setattr(world, "PROGRAMS", {"vireo.mini.nothing": "data"})
+    with pytest.raises(RuntimeError, match=r"(?s)python -m vireo.mini.nothing failed with 1:.*No module named"):
+        world.ensure(tmp_path / "world")
+    assert not (tmp_path / "world").exists()
+
+
+def test_a_program_is_stopped_with_what_it_runs_beside(few, tmp_path, monkeypatch):
+    (tmp_path / "endless.py").write_text("import time\ntime.sleep(600)")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(world, "PROGRAMS", {"endless": "data"})
+    monkeypatch.setattr(world, "PARTS", (lambda folder: 1 / 0,))
+    with pytest.raises(ZeroDivisionError):
+        world.ensure(tmp_path / "world")
+
+
+def test_the_process_that_makes_the_world_needs_no_torch():
+    code = "import sys, vireo.mini.world, vireo.mini.frame_edits; sys.exit('torch' in sys.modules)"
+    source = str(Path(world.__file__).parents[2])
+    assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": source}).returncode == 0
 
 
 def test_the_cache_is_named_by_version(few, tmp_path, monkeypatch):

@@ -9,7 +9,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from vireo import __version__
@@ -71,6 +74,10 @@ def write_weights(world: Path) -> None:
 # Each part of the world is one function that writes into a folder of its own; a recipe with another layout adds one.
 PARTS: tuple[Callable[[Path], None], ...] = (write_clips, write_weights)
 
+# Modules that write a part as a program, given a folder of the world, while this process writes the others: they take
+# some seconds each, and what imports torch must not be imported here.
+PROGRAMS = {"vireo.mini.frame_edits": "data/frame_edits", "vireo.mini.networks": "weights"}
+
 
 def ensure(folder: str | os.PathLike | None = None) -> Path:
     """The folder of the mini world, which is made if it is not there yet.
@@ -89,11 +96,38 @@ def ensure(folder: str | os.PathLike | None = None) -> Path:
             building = world.parent / f".{world.name}.building"
             shutil.rmtree(building, ignore_errors=True)  # left by a process that was killed: the lock is ours
             building.mkdir()
-            for write in PARTS:
-                write(building)
+            with _running(PROGRAMS, building):
+                for write in PARTS:
+                    write(building)
             _write_json(building / MARKER, {"version": version()})
             building.rename(world)
     return world
+
+
+@contextmanager
+def _running(programs: Mapping[str, str], world: Path) -> Iterator[None]:
+    """Start the programs, wait for them after the block. Raises RuntimeError with what one that failed has printed."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    children = {
+        module: subprocess.Popen(
+            [sys.executable, "-m", module, str(world / folder)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for module, folder in programs.items()
+    }
+    try:
+        yield
+        for module, child in children.items():
+            said, _ = child.communicate()
+            if child.returncode:
+                raise RuntimeError(f"python -m {module} failed with {child.returncode}:\n{said}")
+    finally:
+        for child in children.values():
+            child.kill()
+            child.wait()
 
 
 def version() -> str:

@@ -2,7 +2,8 @@
 vireo check experiment=<recipe> [any override]
 
 `check environment`: versions, GPU and driver, video decoders, disk, shared memory, and what is missing for which
-recipe. `check experiment=…`: the config, then the data as training would see it. Exit code 2 if something is wrong.
+recipe. `check experiment=…`: the config, then the data as training would see it, with the columns and the files that
+its dataset can verify (`faults`). Exit code 2 if something is wrong.
 """
 
 import os
@@ -12,6 +13,7 @@ import subprocess
 from collections.abc import Sequence
 from importlib import metadata, util
 from pathlib import Path
+from typing import Any
 
 from vireo import config
 from vireo.run_folder import PACKAGES
@@ -72,13 +74,17 @@ def _experiment(words: Sequence[str]) -> int:
         world.ensure()
     from vireo import objects, report
 
+    faults: dict[str, None] = {}  # in order, told once for both splits
     for split in ("train", "validation"):
-        dataset = objects.dataset(given.settings, split)
+        dataset: Any = objects.dataset(given.settings, split)
+        faults |= dict.fromkeys(dataset.faults() if hasattr(dataset, "faults") else ())
         print(f"\n{split}")
         for name, value in dataset.describe().items():
             lines = value if isinstance(value, list) else [value]
             print(f"  {name:<14} {report.brief(lines)}")
-    return 0
+    if faults:
+        print("\nfaults of the data\n" + "\n".join(f"  {fault}" for fault in faults))
+    return 2 if faults else 0
 
 
 def _version(package: str) -> str | None:
