@@ -33,4 +33,33 @@ def test_temporal_psnr_sees_flicker_but_not_a_constant_offset():
     flicker = TARGET + 0.1 * torch.tensor([1.0, -1, 1, -1]).view(1, 4, 1, 1, 1)
     assert (metrics.temporal_psnr(TARGET + 0.1, TARGET) > 90).all()
     assert metrics.temporal_psnr(flicker, TARGET).tolist() == pytest.approx([13.979] * 2, abs=1e-3)
-    assert metrics.temporal_psnr(TARGET[:, :1], TARGET[:, :1]).tolist() == [100, 100]
+
+
+def test_mse_of_a_known_error():
+    assert metrics.mse(TARGET + 0.1, TARGET).tolist() == pytest.approx([0.01, 0.01], rel=1e-5)
+
+
+def test_flicker_is_the_ratio_of_second_differences():
+    sway = 0.1 * torch.tensor([1.0, -1, 1, -1]).view(1, 4, 1, 1, 1)
+    ramp = torch.linspace(0.2, 0.8, 4).view(1, 4, 1, 1, 1).expand(2, 4, 3, 8, 8)  # even motion has none
+    half = 0.5 / 255
+    assert metrics.flicker(ramp + sway, ramp).tolist() == pytest.approx([(0.4 + half) / half] * 2, rel=1e-4)
+    assert metrics.flicker(ramp + sway / 4, ramp + sway).tolist() == pytest.approx(
+        [(0.1 + half) / (0.4 + half)] * 2, rel=1e-4
+    )
+    assert metrics.flicker(TARGET + 0.1, TARGET).tolist() == pytest.approx([1, 1], rel=1e-5)
+
+
+def test_short_clips_are_measured_by_what_they_are_long_enough_for():
+    every = list(metrics.MEASURES)
+    for frames, missing in ((1, {"temporal_psnr", "flicker"}), (2, {"flicker"}), (3, set())):
+        found = metrics.measure_video(TARGET[0, :frames], TARGET[0, :frames])
+        assert list(found) == [name for name in every if name not in missing]
+        assert (found["psnr"], found["mse"]) == (100, 0)
+
+
+def test_videos_are_measured_on_8_bit_pixels():
+    target = torch.full((4, 3, 16, 16), 100 / 255)
+    assert metrics.measure_video(target + 0.4 / 255, target)["mse"] == 0
+    assert metrics.measure_video(target + 0.6 / 255, target)["mse"] == pytest.approx((1 / 255) ** 2)
+    assert metrics.measure_video(target + 5, target)["mse"] == pytest.approx((155 / 255) ** 2)

@@ -3,10 +3,20 @@
 import torch
 from torch import Tensor
 
+from vireo.pixels import as_8_bit
+
+MOST = 100.0  # dB; what a frame without error counts as
+HALF_A_LEVEL = 0.5 / 255  # of 8-bit pixels
+
 
 def frame_mse(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean squared error of each frame, float64 (B, T)."""
     return (prediction.double() - target.double()).square().mean(dim=(-3, -2, -1))
+
+
+def mse(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error over the whole clip. (B,)"""
+    return frame_mse(prediction, target).mean(dim=1)
 
 
 def psnr(prediction: Tensor, target: Tensor) -> Tensor:
@@ -24,8 +34,8 @@ def pooled_psnr(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def decibels(mse: Tensor) -> Tensor:
-    """-10 log10(mse), at most 100."""
-    return -10 * torch.log10(mse.clamp_min(1e-10))
+    """-10 log10(mse), at most MOST."""
+    return -10 * torch.log10(mse.clamp_min(10 ** (-MOST / 10)))
 
 
 def ssim(prediction: Tensor, target: Tensor) -> Tensor:
@@ -50,10 +60,36 @@ def ssim(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def temporal_psnr(prediction: Tensor, target: Tensor) -> Tensor:
-    """PSNR in dB of the differences between successive frames: flicker and lost motion. One frame: 100 dB. (B,)"""
-    if target.shape[1] < 2:
-        return torch.full((target.shape[0],), 100.0, dtype=torch.float64)
+    """PSNR in dB of the differences between successive frames: flicker and lost motion. Two frames at least. (B,)"""
     return decibels(frame_mse(prediction.diff(dim=1), target.diff(dim=1)).mean(dim=1))
 
 
-MEASURES = {"psnr": psnr, "pooled_psnr": pooled_psnr, "ssim": ssim, "temporal_psnr": temporal_psnr}
+def flicker(prediction: Tensor, target: Tensor) -> Tensor:
+    """How much more than the target a clip jumps to and fro: 1 as much, above flickering, below smeared in time. (B,)
+
+    Mean absolute second difference in time of the prediction over that of the target, each plus half a level of 8-bit
+    pixels, so that a target that stands still divides by what cannot be seen and not by nothing. Three frames at least.
+    """
+    jumps, expected = (x.double().diff(n=2, dim=1).abs().mean(dim=(1, 2, 3, 4)) for x in (prediction, target))
+    return (jumps + HALF_A_LEVEL) / (expected + HALF_A_LEVEL)
+
+
+MEASURES = {
+    "psnr": psnr,
+    "pooled_psnr": pooled_psnr,
+    "mse": mse,
+    "ssim": ssim,
+    "temporal_psnr": temporal_psnr,
+    "flicker": flicker,
+}
+FRAMES_NEEDED = {"temporal_psnr": 2, "flicker": 3}
+
+
+def measure_video(prediction: Tensor, target: Tensor) -> dict[str, float]:
+    """Every weight-free measure of one clip (T, C, H, W), on the pixels an 8-bit video would have.
+
+    What a clip is too short for is left out.
+    """
+    a, b = as_8_bit(prediction)[None], as_8_bit(target)[None]
+    possible = [name for name in MEASURES if len(target) >= FRAMES_NEEDED.get(name, 1)]
+    return {name: float(MEASURES[name](a, b)[0]) for name in possible}

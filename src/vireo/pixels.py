@@ -22,3 +22,8 @@ def to_pixels(frames: Tensor, low: float = -1.0) -> Tensor:
 def to_uint8(pixels: Tensor, low: float = -1.0) -> Tensor:
     """8-bit frames from float pixels in [low, 1]; values outside are clamped, the rest rounded to nearest."""
     return ((pixels.detach().float() - low) / (1 - low) * 255).round().clamp_(0, 255).to(torch.uint8)
+
+
+def as_8_bit(pixels: Tensor) -> Tensor:
+    """Float pixels in [0, 1] as an 8-bit video would have them: what people see is what is measured. float32."""
+    return to_pixels(to_uint8(pixels, low=0.0), low=0.0)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from vireo import distributed, video_io
-from vireo.data.stream import Stream, collate, to_device
+from vireo.data.stream import Stream
 from vireo.losses.objective import Loss
-from vireo.metrics import MEASURES
+from vireo.metrics import measure_video
 from vireo.models.encoders import Encoder
 from vireo.pixels import to_uint8
 from vireo.randomness import Draws
@@ -87,10 +87,10 @@ def score_clips(
     learning, loss.learning = loss.learning, False
     try:
         for some in _batches(indices, batch_size):
-            batch = collate([stream[(index, 0)] for index in some])
-            draws = Draws(SEED, batch["position"], device)
+            batch = stream.batch(some, device)
+            draws = Draws(stream.seed, batch["position"], device)
             names = batch.get("name", [str(index) for index in some])
-            batch = encoder(to_device(batch, device), draws)
+            batch = encoder(batch, draws)
             totals = [loss(network, batch, draws.pinned(point)).total for point in loss.grid]
             columns = sampler(network, encoder, batch, draws)
             baselines = sampler.baselines(batch) if "target" in columns else {}
@@ -106,12 +106,6 @@ def score_clips(
                 yield ClipScore(index, str(name), measures), shown
     finally:
         loss.learning = learning
-
-
-def measure_video(prediction: Tensor, target: Tensor) -> dict[str, float]:
-    """Every weight-free measure of one clip (T, C, H, W), on the pixels an 8-bit video would have."""
-    a, b = (to_uint8(video, low=0).float().div(255)[None] for video in (prediction, target))
-    return {name: float(measure(a, b)[0]) for name, measure in MEASURES.items()}
 
 
 def means(scores: Iterable[ClipScore]) -> dict[str, float]:

@@ -75,6 +75,10 @@ class Stream(TorchDataset):
             return {**loaded, "position": position, "bad": bad}
         raise UserError(f"none of the {n} entries could be read; the last: {bad[-1][0]}: {bad[-1][1]}")
 
+    def batch(self, positions: Sequence[int], device: torch.device) -> dict[str, Any]:
+        """The samples at these positions, at step 0, collated and on the device: for held-out clips."""
+        return to_device(collate(self.__getitems__([(position, 0) for position in positions])), device)
+
     def index(self, position: int, attempt: int = 0) -> int:
         """The dataset entry at a position; `attempt` > 0 gives its substitutes."""
         n = len(self.dataset)
