@@ -8,7 +8,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from vireo import distributed, video_io
+from vireo import distributed
+from vireo.comparison import show
 from vireo.data.stream import Stream
 from vireo.losses.objective import Loss
 from vireo.metrics import measure_video
@@ -17,6 +18,7 @@ from vireo.pixels import to_uint8
 from vireo.randomness import Draws
 
 SEED = "validation"  # validation draws the same numbers at every step of every run
+FPS = 8.0  # of videos of which nobody knows the rate
 
 
 class Sampler(Protocol):
@@ -62,11 +64,12 @@ class Evaluation(Protocol):
 
 
 class ClipScore(NamedTuple):
-    """The measures of one held-out clip: {"psnr": …, "mean colour/psnr": …, "loss": …}."""
+    """The measures of one held-out clip: {"psnr": …, "mean colour/psnr": …, "loss": …}. fps: its own, else FPS."""
 
     clip: int
     name: str
     measures: dict[str, float]
+    fps: float = FPS
 
 
 @torch.no_grad()
@@ -90,12 +93,13 @@ def score_clips(
             batch = stream.batch(some, device)
             draws = Draws(stream.seed, batch["position"], device)
             names = batch.get("name", [str(index) for index in some])
+            rates = batch.get("fps", [FPS] * len(some))
             batch = encoder(batch, draws)
             totals = [loss(network, batch, draws.pinned(point)).total for point in loss.grid]
             columns = sampler(network, encoder, batch, draws)
             baselines = sampler.baselines(batch) if "target" in columns else {}
             figures = sampler.measure(network, encoder, batch, {**columns, **baselines})
-            for row, (index, name) in enumerate(zip(some, names, strict=True)):
+            for row, (index, name, fps) in enumerate(zip(some, names, rates, strict=True)):
                 shown = {title: to_uint8(video[row], low=0).cpu() for title, video in columns.items()}
                 measures = {"loss": float(sum(totals) / len(totals)), **{n: float(v[row]) for n, v in figures.items()}}
                 for title, video in {**columns, **baselines}.items():
@@ -103,7 +107,7 @@ def score_clips(
                         prefix = "" if title == "prediction" else f"{title}/"
                         for measure, values in measure_video(video[row], columns["target"][row]).items():
                             measures[prefix + measure] = values
-                yield ClipScore(index, str(name), measures), shown
+                yield ClipScore(index, str(name), measures, fps or FPS), shown
     finally:
         loss.learning = learning
 
@@ -125,14 +129,14 @@ def validate(
     batch_size: int,
     device: torch.device,
     folder: Path,
-    fps: float,
+    fps: float | None = None,
     pictures: int = 4,
 ) -> dict[str, float]:
     """Mean measures over the first `clips` held-out clips, shared out over the ranks; the same on every rank.
 
     Every rank takes equally many clips (some twice, counted once), since the network's forward may be a collective.
     Writes side-by-side videos and one PNG grid of the first `pictures` clips into `folder`, each on the rank that
-    has it.
+    has it. fps: of these videos; None: the clips' own.
     """
     count = min(clips, len(stream.dataset))
     rank, world = distributed.rank(), distributed.world_size()
@@ -141,20 +145,14 @@ def validate(
     for score, columns in score_clips(network, encoder, loss, sampler, stream, mine, batch_size, device):
         scores.append(score)
         if score.clip < pictures:
-            shown[score.clip] = columns
+            shown[score.clip] = (columns, fps or score.fps)
     everything = {s.clip: s for s in itertools.chain(*distributed.gather(scores))}
     if distributed.is_main():
         folder.mkdir(parents=True, exist_ok=True)
     distributed.barrier()
-    for index, columns in shown.items():
-        show(columns, folder / f"clip_{index:03d}", fps)
+    for index, (columns, rate) in shown.items():
+        show(columns, folder / f"clip_{index:03d}", rate)
     return means(everything[index] for index in sorted(everything))
-
-
-def show(columns: Mapping[str, Tensor], path: Path, fps: float) -> None:
-    """Write one clip's columns side by side: `path`.mp4 and a grid of frames, `path`.png."""
-    video_io.write_video(path.with_suffix(".mp4"), video_io.side_by_side(columns), fps)
-    video_io.write_grid(path.with_suffix(".png"), columns)
 
 
 def _batches(indices: Sequence[int], size: int) -> Iterator[list[int]]:

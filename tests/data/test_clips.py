@@ -139,6 +139,33 @@ def test_validation_clips_are_fixed(flat):
         Clips(flat, 5, 32, 32).sample(0)
 
 
+def test_a_validation_clip_knows_its_rate(flat):
+    assert Clips(flat, 5, 32, 32, split="validation").sample(0)["fps"] == 25
+    assert Clips(flat, 5, 32, 32, split="validation", frame_step=(2, 5)).sample(0)["fps"] == 12.5
+
+
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 31), st.integers(1, 4))
+def test_the_middle_of_a_video_at_its_own_size(flat, num_frames, step):
+    clips = Clips(flat, 3, 16, 16, split="validation", frame_step=(step, step))
+    longest = clips.longest(0)
+    assert (longest - 1) * step < 30 <= longest * step
+    sample = clips.whole(0, min(num_frames, longest))
+    numbers = levels(sample["frames"])
+    assert sample["frames"].shape == (min(num_frames, longest), 3, 48, 64) and sample["fps"] == 25 / step
+    assert {b - a for a, b in zip(numbers, numbers[1:], strict=False)} <= {step}
+    assert abs(numbers[0] - (29 - numbers[-1])) <= 1, "as much is left out before as behind"
+
+
+def test_only_the_borders_of_a_whole_clip_are_cut(moving):
+    clips = Clips(moving, 3, 16, 16, split="validation")
+    everything, cut = clips.whole(0, 5), clips.whole(0, 5, multiple=40)
+    assert everything["frames"].shape == (5, 3, 96, 128) and everything["name"] == cut["name"]
+    assert torch.equal(cut["frames"], everything["frames"][:, :, 8:88, 4:124]) and cut["frames"].is_contiguous()
+    with pytest.raises(UserError, match="96x128 pixels, at least 100x100"):
+        clips.whole(0, 5, multiple=100)
+
+
 def test_validation_shows_the_largest_centre_crop(tmp_path):
     frames = videos.pictures(4, 64, 96)
     frames[:, :, :16] = frames[:, :, -16:] = 0  # what is left and right of the square in the middle

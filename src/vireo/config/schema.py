@@ -64,7 +64,7 @@ class Validation:
     clips: int = knob("clips of the validation split to look at", 8, at_least=1)
     metric: str = knob("the figure that says which checkpoint is best", "psnr")
     higher_is_better: bool = knob("whether a greater value of that figure is the better one", True)
-    fps: float = knob("frames per second of the videos written for people", 8.0, above=0)
+    fps: float | None = knob("frames per second of the videos written for people; null: the clips' own", None, above=0)
 
 
 @dataclass

@@ -23,7 +23,8 @@ logger = logging.getLogger(__name__)
 class Clips:
     """One clip of `num_frames` frames from each video below a folder or in an annotation file.
 
-    A sample is {"frames": uint8 RGB (T, 3, height, width), "name": str, "text": str if the annotation has it}.
+    A sample is {"frames": uint8 RGB (T, 3, height, width), "name": str, "text": str if the annotation has it}, that of
+    a validation clip has "fps" too: its frames a second, 0 if the file does not say.
     A training clip has a random frame step, start, crop, flip and colours, all the same for its frames and all from
     `draws`. A validation clip is the middle of its video, its largest centre crop, unchanged in every other way.
     All videos are looked at when the dataset is made, and again only when they change (`vireo.data.scan`).
@@ -100,13 +101,33 @@ class Clips:
         """
         entry = self.entries[index]
         if self.split == "validation":
-            frames = self._middle(entry)
-        elif draws is None:
+            frames = self._middle(entry, self.num_frames)
+            _, _, *size = frames.shape
+            box = centre_box(size, (self.height, self.width))
+            return self._with_facts(entry, crop_and_resize(frames, box, self.height, self.width))
+        if draws is None:
             raise TypeError("a training clip is random: sample(index, draws)")
-        else:
-            frames = self._random(entry, draws)
-        sample = {"frames": frames.contiguous(), "name": entry.name}
-        return sample if entry.text is None else {**sample, "text": entry.text}
+        return {"frames": self._random(entry, draws).contiguous(), **_naming(entry)}
+
+    def whole(self, index: int, num_frames: int, multiple: int = 1) -> dict[str, Any]:
+        """The middle of a video at its own size, to see what a network does beyond the crops that it learns from.
+
+        A sample as that of a validation clip, but for the size: nothing is scaled, only the borders are cut, so that
+        both sides are multiples of `multiple`. num_frames: at most `longest(index)`, else the last frame is held.
+        Raises UserError if the picture is smaller than `multiple`, BadVideoError if the video cannot be read.
+        """
+        entry = self.entries[index]
+        frames = self._middle(entry, num_frames)
+        _, _, *size = frames.shape
+        height, width = (side // multiple * multiple for side in size)
+        if not height or not width:
+            raise UserError(f"{entry.name} has {size[0]}x{size[1]} pixels, at least {multiple}x{multiple} are needed")
+        top, left = (size[0] - height) // 2, (size[1] - width) // 2
+        return self._with_facts(entry, frames[:, :, top : top + height, left : left + width])
+
+    def longest(self, index: int) -> int:
+        """Frames that a clip of this video can have, every `frame_step[0]`-th from its first to its last."""
+        return (self.infos[self.entries[index].name].num_frames - 1) // self.frame_step[0] + 1
 
     def sources(self, index: int) -> dict[str, list[Source]]:
         """Nothing can be cached: crops are random."""
@@ -130,11 +151,13 @@ class Clips:
             "too_short": [self._shortness(name) for name in sorted(self.too_short)],
         }
 
-    def _middle(self, entry: Entry) -> Tensor:
+    def _middle(self, entry: Entry, num_frames: int) -> Tensor:
         with VideoReader(entry.path, self.infos[entry.name].decoder) as video:
-            frames = video.get(middle_clip(len(video), self.num_frames, self.frame_step[0]))
-        _, _, *size = frames.shape
-        return crop_and_resize(frames, centre_box(size, (self.height, self.width)), self.height, self.width)
+            return video.get(middle_clip(len(video), num_frames, self.frame_step[0]))
+
+    def _with_facts(self, entry: Entry, frames: Tensor) -> dict[str, Any]:
+        fps = self.infos[entry.name].fps / self.frame_step[0]
+        return {"frames": frames.contiguous(), **_naming(entry), "fps": fps}
 
     def _random(self, entry: Entry, draws: Draws) -> Tensor:
         height, width = self.height, self.width
@@ -212,6 +235,10 @@ class Clips:
             problems.append(f"held_out is {held_out}, expected a fraction below 1, a folder or a list file")
         if problems:
             raise UserError(f"data {self.root}:\n" + shortened(problems, limit=len(problems)))
+
+
+def _naming(entry: Entry) -> dict[str, str]:
+    return {"name": entry.name} if entry.text is None else {"name": entry.name, "text": entry.text}
 
 
 def _range(values: Sequence[float]) -> str:

@@ -17,13 +17,13 @@ class FourPaths:
     """Each encoder before each decoder, beside the clip. Columns, float32 (B, K, 3, H, W) in [0, 1]:
 
     target: the clip's first K frames, K being what the tiny decoder gives back.
+    teacher: the teacher's latents by the teacher's decoder, the best that there is to learn.
     prediction: the teacher's latents by the tiny decoder, which is what it does behind a video model.
     own latents: the tiny encoder's latents by the tiny decoder.
-    teacher: the teacher's latents by the teacher's decoder, the best that there is to learn.
     tiny to teacher: the tiny encoder's latents by the teacher's decoder.
 
     mode, chunk: how many frames the tiny network runs at a time, see `TAEHV.encode`. variant: see `Reconstruction`.
-    teacher_decoder: false leaves out the last two, which cost most by far.
+    teacher_decoder: false leaves out what the teacher decodes, which costs most by far.
     """
 
     def __init__(
@@ -39,13 +39,13 @@ class FourPaths:
         """batch: frames, uint8 (B, T, 3, H, W), and target_latents. Raises UserError if no teacher gave the latter."""
         frames, given = to_pixels(batch["frames"], low=0.0), _target_latents(batch)
         own, prediction = network(frames, given, mode=self.mode, chunk=self.chunk)
-        columns = {
-            "target": frames,
-            "prediction": prediction,
-            "own latents": network(latents=own, mode=self.mode, chunk=self.chunk).frames,
-        }
+        columns = {"target": frames}
         if self.teacher_decoder:
-            columns |= {"teacher": encoder.decode(given), "tiny to teacher": encoder.decode(own)}
+            columns["teacher"] = encoder.decode(given)
+        columns["prediction"] = prediction
+        columns["own latents"] = network(latents=own, mode=self.mode, chunk=self.chunk).frames
+        if self.teacher_decoder:
+            columns["tiny to teacher"] = encoder.decode(own)
         length = prediction.shape[1]
         return {name: video[:, :length].float().clamp(0, 1) for name, video in columns.items()}
 

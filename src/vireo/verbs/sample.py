@@ -14,8 +14,9 @@ def main(words: Sequence[str]) -> int:
     given = arguments.read(words, ("step", "clips", "weights", "out"))
     clips = arguments.whole(given.own, "clips", 4)
     from vireo import objects
+    from vireo.comparison import show
     from vireo.data.stream import Stream
-    from vireo.validation import SEED, score_clips, show
+    from vireo.validation import SEED, score_clips
     from vireo.verbs import trained
 
     network, about = trained.network(given)
@@ -36,7 +37,7 @@ def main(words: Sequence[str]) -> int:
         trained.device(),
     )
     for score, columns in scores:
-        show(columns, folder / f"clip_{score.clip:03d}", given.settings["validation"]["fps"])
+        show(columns, folder / f"clip_{score.clip:03d}", given.settings["validation"]["fps"] or score.fps)
         psnr = f"  {score.measures['psnr']:.2f} dB" if "psnr" in score.measures else ""
         print(f"{folder / f'clip_{score.clip:03d}'}.mp4, .png  {score.name}{psnr}")
     return 0

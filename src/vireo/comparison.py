@@ -1,0 +1,32 @@
+"""Versions of one clip next to each other, and what is wrong with the prediction: what people judge by."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vireo import video_io
+
+GAIN = 4  # of the errors that are shown
+
+
+def with_error(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The columns, uint8 (T, C, H, W), and behind "prediction" GAIN times the absolute error of it.
+
+    Without a "target" of the prediction's shape there is no error to show.
+    """
+    shown: dict[str, Tensor] = {}
+    for name, video in columns.items():
+        shown[name] = video
+        if name == "prediction" and "target" in columns and columns["target"].shape == video.shape:
+            error = (video.to(torch.int16) - columns["target"].to(torch.int16)).abs()
+            shown[f"{GAIN}x error"] = (GAIN * error).clamp(max=255).to(torch.uint8)
+    return shown
+
+
+def show(columns: Mapping[str, Tensor], path: Path, fps: float) -> None:
+    """Write one clip's columns and the prediction's error: side by side `path`.mp4, a grid of frames `path`.png."""
+    shown = with_error(columns)
+    video_io.write_video(path.with_name(f"{path.name}.mp4"), video_io.side_by_side(shown), fps)
+    video_io.write_grid(path.with_name(f"{path.name}.png"), shown)

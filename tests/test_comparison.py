@@ -1,0 +1,41 @@
+import av
+import pytest
+import torch
+from PIL import Image
+
+from vireo.comparison import show, with_error
+
+
+def columns():
+    target = torch.full((3, 3, 32, 48), 100, dtype=torch.uint8)
+    prediction = target.clone()
+    prediction[:, 0] = 110
+    prediction[:, 1] = 95
+    prediction[:, 2] = 255
+    return {"target": target, "prediction": prediction, "other": target[:, :, :16]}
+
+
+def test_the_error_stands_beside_the_prediction():
+    shown = with_error(columns())
+    assert list(shown) == ["target", "prediction", "4x error", "other"]
+    assert shown["4x error"].dtype == torch.uint8 and shown["4x error"].shape == (3, 3, 32, 48)
+    assert shown["4x error"][0, :, 0, 0].tolist() == [40, 20, 255]
+
+
+@pytest.mark.parametrize("name", ["target", "prediction"])
+def test_no_error_without_something_to_compare(name):
+    one = columns()
+    del one[name]
+    assert with_error(one) == one
+    different = {**columns(), name: one["other"]}
+    assert list(with_error(different)) == list(different)
+
+
+def test_videos_have_all_columns_and_the_rate(tmp_path):
+    show(columns(), tmp_path / "clip_0.5", 12.5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clip_0.5.mp4", "clip_0.5.png"]
+    with av.open(str(tmp_path / "clip_0.5.mp4")) as video:
+        stream = video.streams.video[0]
+        assert (stream.width, float(stream.average_rate), stream.frames) == (4 * 48, 12.5, 3)
+    with Image.open(tmp_path / "clip_0.5.png") as picture:
+        assert picture.width == 3 * 48
