@@ -9,6 +9,7 @@ from torch import Tensor
 from vireo import video_io
 
 GAIN = 4  # of the errors that are shown
+FPS = 8.0  # frames a second of videos of which nobody knows it
 
 
 def with_error(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -25,8 +26,11 @@ def with_error(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return shown
 
 
-def show(columns: Mapping[str, Tensor], path: Path, fps: float) -> None:
-    """Write one clip's columns and the prediction's error: side by side `path`.mp4, a grid of frames `path`.png."""
+def show(columns: Mapping[str, Tensor], path: Path, fps: float | None) -> None:
+    """Write one clip's columns and the prediction's error: side by side `path`.mp4, a grid of frames `path`.png.
+
+    fps: frames a second; None or 0, which files say that know no better: FPS.
+    """
     shown = with_error(columns)
-    video_io.write_video(path.with_name(f"{path.name}.mp4"), video_io.side_by_side(shown), fps)
+    video_io.write_video(path.with_name(f"{path.name}.mp4"), video_io.side_by_side(shown), fps or FPS)
     video_io.write_grid(path.with_name(f"{path.name}.png"), shown)

@@ -18,7 +18,6 @@ from vireo.pixels import to_uint8
 from vireo.randomness import Draws
 
 SEED = "validation"  # validation draws the same numbers at every step of every run
-FPS = 8.0  # of videos of which nobody knows the rate
 
 
 class Sampler(Protocol):
@@ -64,12 +63,12 @@ class Evaluation(Protocol):
 
 
 class ClipScore(NamedTuple):
-    """The measures of one held-out clip: {"psnr": …, "mean colour/psnr": …, "loss": …}. fps: its own, else FPS."""
+    """The measures of one held-out clip: {"psnr": …, "mean colour/psnr": …, "loss": …}. fps: its own, if known."""
 
     clip: int
     name: str
     measures: dict[str, float]
-    fps: float = FPS
+    fps: float | None = None
 
 
 @torch.no_grad()
@@ -93,7 +92,7 @@ def score_clips(
             batch = stream.batch(some, device)
             draws = Draws(stream.seed, batch["position"], device)
             names = batch.get("name", [str(index) for index in some])
-            rates = batch.get("fps", [FPS] * len(some))
+            rates = batch.get("fps", [None] * len(some))
             batch = encoder(batch, draws)
             totals = [loss(network, batch, draws.pinned(point)).total for point in loss.grid]
             columns = sampler(network, encoder, batch, draws)
@@ -107,7 +106,7 @@ def score_clips(
                         prefix = "" if title == "prediction" else f"{title}/"
                         for measure, values in measure_video(video[row], columns["target"][row]).items():
                             measures[prefix + measure] = values
-                yield ClipScore(index, str(name), measures, fps or FPS), shown
+                yield ClipScore(index, str(name), measures, fps), shown
     finally:
         loss.learning = learning
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from vireo import config
 from vireo.errors import UserError
 from vireo.models.taehv_variants import VARIANTS, lengths
-from vireo.models.teacher_lengths import FAMILIES, Plan, check_length, find, plan
+from vireo.models.teacher_lengths import FAMILIES, Plan, check_length, find, longest, plan
 
 PAIRS = [("taecvx", "cogvideox"), ("taew2_1", "wan"), ("taew2_2", "wan"), ("taehv", "hunyuan"), ("taehv1_5", "hunyuan")]
 PAIRS += [("taeltx_2", "ltx"), ("taeltx2_3_wide", "ltx"), ("taehv", "wan"), ("taew2_1", "cogvideox")]
@@ -156,3 +156,25 @@ def test_model_files_differ_in_the_teacher_and_inherit_the_rest():
     assert wan["sampler"] == {**cogvideox["sampler"], "variant": "taew2_1"}
     assert wan["network"]["encoder_width"] == cogvideox["network"]["encoder_width"] == 36
     assert wan["network"]["weights"] is None and cogvideox["network"]["weights"].endswith("taehv/taecvx")
+
+
+@pytest.mark.parametrize(
+    "limit, variant, family, expected",
+    [
+        (16, "taew2_1", None, 13),
+        (16, "taecvx", None, 16),
+        (16, "taecvx", "cogvideox", 16),
+        (16, "taew2_1", "cogvideox", 9),
+        (17, "taew2_1", "cogvideox", 17),
+        (30, "taeltx_2", "ltx", 25),
+        (1, "taew2_1", "wan", 1),
+        (21, "taeh3", None, 5),
+    ],
+)
+def test_the_longest_clip_below_a_limit(limit, variant, family, expected):
+    assert longest(limit, variant, family) == expected
+
+
+def test_no_clip_is_short_enough():
+    with pytest.raises(UserError, match="no clip of 4 frames or less .* taeh3; the shortest has 5"):
+        longest(4, "taeh3")

@@ -94,6 +94,21 @@ def plan(num_frames: int, variant: str, family: str, strict_lengths: bool = True
     return Plan(own.latents, own.decoded, slice(0, own.decoded), -num_frames % student.frames_per_latent)
 
 
+def longest(limit: int, variant: str, family: str | None = None) -> int:
+    """The longest clip of at most `limit` frames that comes back whole from the variant, and from a teacher of family.
+
+    Raises UserError, which names the shortest one, if all are longer.
+    """
+    names = [variant, *([] if family is None else [find(family).twin])]
+    legal = [n for n in range(1, limit + 1) if all(taehv_variants.is_legal(name, n) for name in names)]
+    if not legal:
+        shortest = next(n for n in count(1) if all(taehv_variants.is_legal(name, n) for name in names))
+        raise UserError(
+            f"no clip of {limit} frames or less comes back whole from {variant}; the shortest has {shortest}"
+        )
+    return legal[-1]
+
+
 def check_length(name: str, num_frames: int, family: str, strict_lengths: bool = True) -> None:
     """Raise UserError unless clips of num_frames frames suit the variant of that name and its teacher; see `plan`."""
     plan(num_frames, name, family, strict_lengths)

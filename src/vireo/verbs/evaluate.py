@@ -2,17 +2,30 @@
 vireo evaluate experiment=<recipe> weights=<file> …
 
 Measure a trained network, or foreign weights without a run, on every held-out clip: a table beside naive baselines,
-metrics.json with each clip's figures, and videos of the worst and the best clips. Default folder: <run>/evaluation.
+metrics.json and metrics.csv with each clip's figures, videos of the worst and the best clips, and what the recipe names
+in model.evaluations. Default folder: <run>/evaluation.
 """
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from vireo.errors import UserError
 from vireo.run_folder import write_json
 from vireo.verbs import arguments
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vireo.validation import ClipScore
+
 SHOWN = 3  # worst and best clips to show
+NOTES = {
+    "pixels": "measured as in an 8-bit video",
+    "psnr": "the mean over a clip's frames; pooled_psnr is that of the clip's mean error",
+    "infinite psnr": "null for a clip; in the mean, as for single frames, what has no error counts as 100 dB",
+}
 
 
 def main(words: Sequence[str]) -> int:
@@ -20,53 +33,67 @@ def main(words: Sequence[str]) -> int:
     clips = arguments.whole(given.own, "clips", None)
     from vireo import objects, report
     from vireo.data.stream import Stream
-    from vireo.validation import SEED, ClipScore, means, score_clips, show
+    from vireo.validation import SEED, means, score_clips
     from vireo.verbs import trained
 
     network, about = trained.network(given)
     encoder, sampler = objects.encoder(given.settings), objects.sampler(given.settings)
-    encoder.to(trained.device())
+    evaluations = objects.evaluations(given.settings)  # now, so that a mistake in the last one is told at once
+    device, settings = trained.device(), given.settings["validation"]
+    encoder.to(device)
     stream = Stream(objects.dataset(given.settings, "validation"), SEED, shuffle=False)
     folder = Path(given.own.get("out", (given.folder or Path()) / "evaluation"))
     folder.mkdir(parents=True, exist_ok=True)
-    count = len(stream.dataset) if clips is None else min(clips, len(stream.dataset))
-    settings = given.settings["validation"]
-    sign = 1 if settings["higher_is_better"] else -1
-
-    scores: list[ClipScore] = []
-    worst: list = []  # heaps of (figure, index, columns) so that only a few videos are held
-    best: list = []
-    pairs = score_clips(
-        network,
-        encoder,
-        objects.loss(given.settings),
-        sampler,
-        stream,
-        range(count),
-        given.settings["batch_size"],
-        trained.device(),
-    )
-    for score, columns in pairs:
-        scores.append(score)
-        figure = sign * score.measures[settings["metric"]]
-        for heap, rank in ((worst, -figure), (best, figure)):
-            heapq.heappush(heap, (rank, score.clip, columns))
-            if len(heap) > SHOWN:
-                heapq.heappop(heap)
-    for title, heap in (("worst", worst), ("best", best)):
-        for place, (_, index, columns) in enumerate(sorted(heap, key=lambda entry: -entry[0])):
-            show(columns, folder / f"{title}_{place}_clip_{index:03d}", settings["fps"])
+    indices = range(len(stream.dataset) if clips is None else min(clips, len(stream.dataset)))
+    loss, batch_size = objects.loss(given.settings), given.settings["batch_size"]
+    scored = score_clips(network, encoder, loss, sampler, stream, indices, batch_size, device)
+    scores, shown = _show_extremes(scored, settings, folder)
 
     mean = means(scores)
-    rows = [{"clip": s.name, **s.measures} for s in scores]
-    print(f"{len(scores)} held-out clips, weights: {about}\n\n{report.comparison(mean)}\n")
-    tables = {}
-    for name, evaluation in objects.evaluations(given.settings).items():
-        tables[name] = list(evaluation(network, encoder, sampler, stream, range(count), trained.device(), folder))
-        print(f"{name.replace('_', ' ')}\n{report.table(tables[name])}\n", flush=True)
-    about_all = {"weights": about, "clips": len(scores), "mean": mean, "each": rows, "evaluations": tables}
-    write_json(folder / "metrics.json", about_all)
-    print(f"each clip  {folder / 'metrics.json'}\nvideos     {folder}/worst_*.mp4, best_*.mp4")
-    if scores and settings["metric"] in mean:
-        report.write_csv(rows, folder / "metrics.csv")
+    rows = [{"clip": score.name, **_honest(score.measures)} for score in scores]
+    found: dict[str, Any] = {"weights": about, "device": str(device), "clips": len(scores), "notes": NOTES}
+    found |= {"mean": mean, "each": rows, "shown": shown, "evaluations": {}, "missing": list(evaluations)}
+    write_json(folder / "metrics.json", found)
+    report.write_csv(rows, folder / "metrics.csv")
+    print(f"{len(scores)} held-out clips, weights: {about}\n\n{report.comparison(mean)}\n", flush=True)
+    for name, evaluation in evaluations.items():
+        table = list(evaluation(network, encoder, sampler, stream, indices, device, folder))
+        print(f"{name.replace('_', ' ')}\n{report.table(table)}\n", flush=True)
+        found["evaluations"][name] = table
+        found["missing"].remove(name)
+        write_json(folder / "metrics.json", found)
+    print(f"each clip  {folder / 'metrics.json'}, metrics.csv\nvideos     {folder}/worst_*.mp4, best_*.mp4, and as .png")
     return 0
+
+
+def _show_extremes(
+    scored: Iterator[tuple["ClipScore", dict[str, "Tensor"]]], settings: Mapping[str, Any], folder: Path
+) -> tuple[list["ClipScore"], dict[str, str]]:
+    """All scores; the worst and the best clips are written as worst_1, …, best_1, … and named here by these."""
+    from vireo.comparison import show
+
+    metric, sign = settings["metric"], 1 if settings["higher_is_better"] else -1
+    scores: list[ClipScore] = []
+    heaps: dict[str, list] = {"worst": [], "best": []}  # so that only a few videos are held
+    for score, columns in scored:
+        if metric not in score.measures:
+            raise UserError(f"validation.metric={metric} is not measured; there are {', '.join(score.measures)}")
+        scores.append(score)
+        figure = sign * score.measures[metric]
+        for title, rank in (("worst", -figure), ("best", figure)):
+            heapq.heappush(heaps[title], (rank, score.clip, score, columns))
+            if len(heaps[title]) > SHOWN:
+                heapq.heappop(heaps[title])
+    names = {}
+    for title, heap in heaps.items():
+        for place, (*_, score, columns) in enumerate(sorted(heap, key=lambda entry: -entry[0]), 1):
+            show(columns, folder / f"{title}_{place}", settings["fps"] or score.fps)
+            names[f"{title}_{place}"] = score.name
+    return scores, names
+
+
+def _honest(measures: Mapping[str, float]) -> dict[str, float | None]:
+    """A clip without any error has no PSNR in dB."""
+    from vireo.metrics import MOST
+
+    return {name: None if name.endswith("psnr") and value >= MOST else value for name, value in measures.items()}
