@@ -1,6 +1,5 @@
 """The columns and figures of a tiny autoencoder beside its teacher."""
 
-import diffusers
 import pytest
 import torch
 from torch import nn
@@ -13,20 +12,6 @@ from vireo.sampling.four_paths import FourPaths
 
 DRAWS = Draws("validation", [0, 1])
 COLUMNS = ["target", "teacher", "prediction", "own latents", "tiny to teacher"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    torch.manual_seed(0)
-    vae = diffusers.AutoencoderKLWan(base_dim=4, dim_mult=[1] * 4, num_res_blocks=1)
-    folder = tmp_path_factory.mktemp("vae")
-    vae.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture
-def teacher(folder):
-    return Teacher("wan", folder, "diffusion", dtype="fp32")
 
 
 class Wrapped(nn.Module):

@@ -108,7 +108,8 @@ class Teacher(Encoder):
         if self.files.config.get("timestep_conditioning") or injected is True or any(injected or ()):
             raise UserError(
                 f"{self.files.folder}: the decoder of this VAE denoises (timestep_conditioning, decoder_inject_noise), "
-                "so what it decodes is drawn anew each time. Set +model.sampler.teacher_decoder=false."
+                "so what it decodes is drawn anew each time. Set +model.sampler.teacher_decoder=false and, for vireo "
+                "evaluate, +model.evaluations.speed.teacher=false."
             )
         raw = self.loaded.to_raw(latents.float()) if self._is_diffusion else latents
         with torch.autocast(self.device.type, enabled=False):

@@ -71,7 +71,7 @@ def _draw(curves: Mapping[str, Sequence[float]], period: int, path: Path) -> Non
     longest = max(len(curve) for curve in curves.values())
     for t in range(0, longest, period):
         axis.axvline(t, color="0.85", linewidth=1, zorder=0)
-    axis.set(xlabel="frame", ylabel="PSNR (dB)", title=f"held-out clips, frame by frame (a line every {period})")
+    axis.set(xlabel="frame", ylabel="PSNR (dB)", title=f"held-out clips by frame, every {period}th marked")
     axis.set_xticks(range(0, longest, max(1, longest // 16)))
     axis.legend(fontsize=7)
     figure.savefig(path, dpi=110)

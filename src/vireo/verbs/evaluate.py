@@ -62,7 +62,7 @@ def main(words: Sequence[str]) -> int:
         found["evaluations"][name] = table
         found["missing"].remove(name)
         write_json(folder / "metrics.json", found)
-    print(f"each clip  {folder / 'metrics.json'}, metrics.csv\nvideos     {folder}/worst_*.mp4, best_*.mp4, and as .png")
+    print(f"each clip  {folder / 'metrics.json'}, metrics.csv\nvideos     {folder}/worst_*.mp4, best_*.mp4, also .png")
     return 0
 
 
