@@ -39,6 +39,8 @@ def test_imports_point_downwards(path):
         siblings = used & parts - {own}
         allowed = {"sampling": {"models"}}.get(own, set())
         assert siblings <= allowed, f"{own} imports {siblings}"
+    if own == "diffusion":
+        assert used <= {"diffusion", "errors"}, "formulas know nothing of training"
     if own in parts | low:
         assert not used & high, f"{own} imports {used & high}"
 
