@@ -5,6 +5,8 @@ cache (as posterior moments, never as samples). `condition` is what must be fres
 posterior, scaling, noising an image before it is encoded. Encoders are never wrapped, never trained, never saved.
 """
 
+import functools
+import json
 from typing import Any
 
 import torch
@@ -14,7 +16,11 @@ from vireo.randomness import Draws
 
 
 class Encoder:
-    """Base of all encoders. `outputs` maps each cacheable output to the batch's field it is computed from."""
+    """Base of all encoders.
+
+    `outputs` maps each cacheable output to the batch's field it is computed from, or to a literal text in quotation
+    marks: '""' is the empty prompt, the same for every sample.
+    """
 
     outputs: dict[str, str] = {}
     device: torch.device = torch.device("cpu")
@@ -22,6 +28,11 @@ class Encoder:
     def to(self, device: torch.device) -> None:
         """Where parts are put when they are loaded, at their first use."""
         self.device = device
+        self.literals.clear()
+
+    def weight_bytes(self) -> dict[str, int]:
+        """Bytes of the frozen networks by name, once they are loaded; without loading them."""
+        return {}
 
     def identity(self, output: str) -> str:
         """Names what `encode(output, …)` computes, from configs and file hashes, without loading weights."""
@@ -44,8 +55,28 @@ class Encoder:
     @torch.no_grad()
     def __call__(self, batch: dict[str, Any], draws: Draws) -> dict[str, Any]:
         """The batch with latents and conditions; outputs that are there already (from a cache) are not computed."""
-        missing = {o: self.encode(o, batch[field]) for o, field in self.outputs.items() if o not in batch}
-        return self.condition({**batch, **missing}, draws)
+        made = {}
+        for output, field in self.outputs.items():
+            if output not in batch and is_literal(field):
+                made[output] = self.literal(output).expand(len(draws.positions), *self.literal(output).shape[1:])
+            elif output not in batch:
+                made[output] = self.encode(output, batch[field])
+        return self.condition({**batch, **made}, draws)
+
+    def literal(self, output: str) -> Tensor:
+        """The output of a literal, (1, ...), which is computed once."""
+        if output not in self.literals:
+            self.literals[output] = self.encode(output, [json.loads(self.outputs[output])])
+        return self.literals[output]
+
+    @functools.cached_property
+    def literals(self) -> dict[str, Tensor]:
+        return {}
+
+
+def is_literal(field: str) -> bool:
+    """Whether an output is computed from a text in quotation marks instead of a field of the batch."""
+    return field.startswith('"')
 
 
 class NoEncoder(Encoder):

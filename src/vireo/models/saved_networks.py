@@ -1,0 +1,106 @@
+"""Networks in folders as diffusers and transformers save them: config.json and safetensors, read strictly.
+
+A pipeline's folder has one such folder for each of its parts (`unet/`, `vae/`, `text_encoder/`); wherever a part is
+asked for, the pipeline's folder does as well.
+"""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from vireo.errors import UserError
+from vireo.models.teachers import _file_digest
+
+CONFIG = "config.json"
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # diffusers' and transformers' names
+VERSIONS = ("transformers_version", "dtype", "torch_dtype")  # of a config, what is no part of the function
+
+
+class Part(NamedTuple):
+    """The folder of one network, its config.json and its weights files (several, where they are sharded)."""
+
+    folder: Path
+    config: dict[str, Any]
+    weights: list[Path]
+
+    def identity(self) -> str:
+        """Names the network by its config and its weights' content, wherever it lies; no weights are loaded."""
+        config = {name: value for name, value in self.config.items() if name[:1] != "_" and name not in VERSIONS}
+        return digest(json.dumps(config, sort_keys=True), self.weights)
+
+    def count(self) -> int:
+        """Numbers in the weights files, by their headers."""
+        from safetensors import safe_open
+
+        total = 0
+        for file in self.weights:
+            with safe_open(file, "pt") as tensors:
+                shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118 - no dict
+                total += sum(math.prod(shape) for shape in shapes)
+        return total
+
+
+def find_config(path: str | Path, name: str, key: str) -> tuple[Path, dict[str, Any]]:
+    """The folder of the network `name` in `path`/`name` or in `path` itself, and its config.
+
+    key: what the user sets to another folder, for the message of the UserError where there is none.
+    """
+    outer = Path(path).expanduser()
+    folder = outer / name if (outer / name / CONFIG).is_file() else outer
+    if not (folder / CONFIG).is_file():
+        raise UserError(
+            f"{key}={path} has no {name}: there is neither {outer / name / CONFIG} nor {outer / CONFIG}. Set {key} to "
+            "a folder as diffusers saves it. Nothing is fetched while training; `huggingface-cli download <name> "
+            "--local-dir <folder>` gives one."
+        )
+    return folder, json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+
+
+def find(path: str | Path, name: str, key: str) -> Part:
+    """As `find_config`, with the weights' files. Raises UserError where these are missing or not safetensors."""
+    folder, config = find_config(path, name, key)
+    for weights in WEIGHTS:
+        if (folder / weights).is_file():
+            return Part(folder, config, [folder / weights])
+        if (folder / f"{weights}.index.json").is_file():
+            shards = json.loads((folder / f"{weights}.index.json").read_text(encoding="utf-8"))["weight_map"]
+            files = [folder / shard for shard in sorted(set(shards.values()))]
+            missing = [file.name for file in files if not file.is_file()]
+            if missing:
+                raise UserError(f"{folder} lacks {', '.join(missing)}, which its index names; fetch them again.")
+            return Part(folder, config, files)
+    present = ", ".join(sorted(file.name for file in folder.iterdir() if file.name != CONFIG)) or "nothing else"
+    raise UserError(
+        f"{folder} has no weights: beside {CONFIG} there is {present}. Only safetensors are read "
+        f"({' or '.join(WEIGHTS)}), since pickled files (.bin, .pt, .pth, .ckpt) can run code."
+    )
+
+
+def load(part: Part, kind: Any, dtype: torch.dtype) -> Any:
+    """The network of class `kind` on the CPU, in evaluation mode. Raises UserError for weights that do not fit it."""
+    from safetensors import SafetensorError
+
+    try:
+        network, report = kind.from_pretrained(
+            part.folder, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{part.folder}: the weights of this {kind.__name__} cannot be loaded: {error}") from error
+    # Both libraries fill up what a file lacks with random numbers, and only warn. CLIP's position_ids are no weights.
+    found = {fault: [str(key) for key in keys if "position_ids" not in str(key)] for fault, keys in report.items()}
+    faults = [f"{len(keys)} {fault} ({keys[0]}, …)" for fault, keys in found.items() if keys]
+    if faults:
+        raise UserError(f"{part.folder}: the weights do not fit {CONFIG}: {'; '.join(faults)}. Fetch both again.")
+    return network.eval()
+
+
+def digest(text: str, files: list[Path]) -> str:
+    """Hash of a text and of files' contents; a file is read again only when its size or time has changed."""
+    total = hashlib.blake2b(text.encode(), digest_size=16)
+    for file in files:
+        total.update(_file_digest(file, file.stat().st_size, file.stat().st_mtime_ns))
+    return total.hexdigest()
