@@ -69,7 +69,8 @@ def editor(folder, frames, in_channels=8):
 
 
 @pytest.mark.parametrize(
-    ("case", "in_channels", "dropout"), [("sd_start", 4, True), ("ip2p_start", 8, True), ("ip2p_start_nodrop", 8, False)]
+    ("case", "in_channels", "dropout"),
+    [("sd_start", 4, True), ("ip2p_start", 8, True), ("ip2p_start_nodrop", 8, False)],
 )
 def test_the_image_recipe(folder, case, in_channels, dropout):
     described, reference = golden("image_train")
@@ -90,7 +91,9 @@ def test_the_video_recipe(folder, frames, case):
     described, reference = golden(f"video_train_n{frames}")
     shape = (2, frames, 3, 16, 16)
     batch = encode(folder, described, pixels(f"ip2p/frames{frames}", *shape), pixels("ip2p/target", 2, 3, 16, 16))
-    torch.testing.assert_close(batch["condition_latents"].flatten(1, 2), reference["image_embeds"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        batch["condition_latents"].flatten(1, 2), reference["image_embeds"], rtol=1e-5, atol=1e-5
+    )
     torch.testing.assert_close(batch["latents"], reference["latents"], rtol=1e-5, atol=1e-5)
     network = editor(folder, frames)
     if case.startswith("warm"):

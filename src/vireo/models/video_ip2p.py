@@ -271,6 +271,8 @@ class _Pipeline:
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
+    if target.exists() and target.samefile(source):
+        return
     target.unlink(missing_ok=True)
     try:
         os.link(source, target)
