@@ -1,9 +1,13 @@
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 from torch import nn
 
 from vireo.errors import UserError
-from vireo.optimizers import adamw, load_moments, moments
+from vireo.muon import Muon
+from vireo.optimizers import adamw, adamw_8bit, load_moments, moment_bytes, moments
 
 
 def make(network):
@@ -44,3 +48,78 @@ def test_foreign_moments_are_refused():
         load_moments(make(nn.Linear(3, 2)), {"other|exp_avg": torch.zeros(1)})
     with pytest.raises(UserError, match=r"exp_avg of weight has shape \(1,\)"):
         load_moments(make(nn.Linear(3, 2)), {"weight|exp_avg": torch.zeros(1)})
+
+
+class AdamW8bit(torch.optim.Optimizer):
+    """Keeps state as bitsandbytes does: 8-bit moments, their tables and scales, and the step as a plain number."""
+
+    def __init__(self, groups, **defaults):
+        super().__init__(groups, defaults)
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if not state:
+                    eight = parameter.numel() >= 4096
+                    state |= {"step": 0, "state1": torch.zeros_like(parameter, dtype=torch.uint8 if eight else None)}
+                    state["state2"] = state["state1"].clone()
+                    if eight:
+                        for number in (1, 2):
+                            state[f"qmap{number}"] = torch.linspace(-1, 1, 256)
+                            state[f"absmax{number}"] = torch.zeros(-(-parameter.numel() // 256))
+                assert isinstance(state["step"], int)
+                state["step"] += 1
+                state["state1"] += 1
+                parameter -= group["lr"] * state["state1"].float() / state["step"]
+
+
+@pytest.fixture
+def eight_bit(monkeypatch):
+    """`optimizers.adamw_8bit` as on a machine with a GPU and bitsandbytes."""
+    package, module = ModuleType("bitsandbytes"), ModuleType("bitsandbytes.optim")
+    module.AdamW8bit = AdamW8bit
+    monkeypatch.setitem(sys.modules, "bitsandbytes", package)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", module)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    return lambda network: adamw_8bit([{"name": "default", "params": list(network.named_parameters())}], lr=0.1)
+
+
+def test_eight_bit_moments_survive_a_restart(eight_bit):
+    one = nn.Linear(64, 64)
+    first = eight_bit(one)
+    assert first.defaults == {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
+    first.step()
+    stored = {name: value.clone() for name, value in moments(first).items()}
+    assert {n.split("|")[1] for n in stored} == {"step", "state1", "state2", "qmap1", "qmap2", "absmax1", "absmax2"}
+    two = nn.Linear(64, 64)
+    two.load_state_dict(one.state_dict())
+    second = eight_bit(two)
+    load_moments(second, stored)
+    first.step()
+    second.step()
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    with pytest.raises(UserError, match="state1 of weight has shape"):
+        load_moments(second, {"weight|state1": torch.zeros(3, dtype=torch.uint8)})
+
+
+def test_eight_bits_need_a_gpu_and_a_package(monkeypatch):
+    with pytest.raises(UserError, match="needs a GPU.*optimizer=adamw"):
+        adamw_8bit([], lr=0.1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(UserError, match="pip install bitsandbytes"):
+        adamw_8bit([], lr=0.1)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon", "eight_bit"])
+def test_the_size_of_moments_is_known_before_the_first_step(kind, eight_bit):
+    network = nn.Linear(64, 64)
+    muon = lambda network: Muon([{"name": "all", "params": list(network.named_parameters())}], lr=0.1)  # noqa: E731
+    optimizer = {"adamw": make, "muon": muon, "eight_bit": eight_bit}[kind](network)
+    expected = moment_bytes(optimizer)
+    network(torch.ones(1, 64)).square().sum().backward()
+    optimizer.step()
+    held = [value for name, value in moments(optimizer).items() if value.ndim and "qmap" not in name]
+    assert expected == sum(value.numel() * value.element_size() for value in held)

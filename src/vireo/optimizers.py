@@ -23,6 +23,43 @@ def adamw(
     return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, weight_decay=weight_decay, fused=True)
 
 
+def adamw_8bit(
+    groups: Sequence[dict],
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+) -> torch.optim.Optimizer:
+    """AdamW whose moments take 8 bits a number instead of 32 (Dettmers et al. 2021, https://arxiv.org/abs/2110.02861).
+
+    Tensors of less than 4096 numbers keep 32 bits. Raises UserError without a GPU or without bitsandbytes.
+    """
+    if not torch.cuda.is_available():
+        raise UserError("optimizer=adamw_8bit needs a GPU, and torch sees none here; use optimizer=adamw.")
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise UserError(
+            f"optimizer=adamw_8bit needs bitsandbytes, which cannot be imported ({error}): pip install bitsandbytes, "
+            "or use optimizer=adamw."
+        ) from error
+    return AdamW8bit(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, weight_decay=weight_decay)
+
+
+def moment_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes that the optimizer's moments take once it has made a step; known before the first one."""
+
+    def size(parameter: Tensor, kind: str) -> int:
+        if kind == "muon":
+            return 4 * parameter.numel()  # one moment
+        if kind == "AdamW8bit" and parameter.numel() >= 4096:
+            return 2 * (parameter.numel() + 4 * -(-parameter.numel() // 256))  # and a scale for each block of 256
+        return 8 * parameter.numel()  # two moments in float32
+
+    name = type(optimizer).__name__
+    return sum(size(p, group.get("kind", name)) for group in optimizer.param_groups for p in group["params"])
+
+
 def moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state as flat tensors named `<parameter name>|<state name>`, whatever the order of groups."""
     tensors = {}
@@ -52,10 +89,15 @@ def load_moments(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -
     for name, state in stored.items():
         parameter = own[name]
         for state_name, value in state.items():
-            if value.ndim and value.shape != parameter.shape:
+            is_table = state_name.startswith(("qmap", "absmax"))  # bitsandbytes' scales of its 8-bit moments
+            if value.ndim and value.shape != parameter.shape and not is_table:
                 raise UserError(
                     f"the checkpoint's {state_name} of {name} has shape {tuple(value.shape)}, "
                     f"the parameter has {tuple(parameter.shape)}"
                 )
         # AdamW's step counters live beside the parameter where the kernel is fused; moments have its dtype already.
-        optimizer.state[parameter] = {k: v.clone().to(parameter.device) for k, v in state.items()}
+        optimizer.state[parameter] = {
+            # Whole numbers are plain ones: bitsandbytes counts steps so, torch in float32.
+            k: v.clone().to(parameter.device) if v.ndim or v.is_floating_point() else int(v)
+            for k, v in state.items()
+        }
