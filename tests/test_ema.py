@@ -1,5 +1,6 @@
 import pytest
 import torch
+from diffusers.training_utils import EMAModel
 from torch import nn
 
 from vireo.ema import ExponentialMovingAverage
@@ -15,9 +16,21 @@ def test_it_follows_the_formula():
         with torch.no_grad():
             network.weight += 1
         average.update(step, TRUE)
-        decay = min(0.5, (1 + step) / (10 + step))
+        decay = min(0.5, (1 + step) / (10 + step)) if step else 0
         expected = decay * expected + (1 - decay) * network.weight.detach()
     torch.testing.assert_close(average.average["weight"], expected)
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.9999])
+def test_it_is_diffusers_average(decay):
+    network = nn.Linear(3, 2)
+    reference, average = EMAModel(network.parameters(), decay=decay), ExponentialMovingAverage(network, decay)
+    for step in range(12):
+        with torch.no_grad():
+            network.weight += torch.randn(2, 3, generator=torch.Generator().manual_seed(step))
+        reference.step(network.parameters())
+        average.update(step, TRUE)
+    torch.testing.assert_close(average.average["weight"], reference.shadow_params[0])
 
 
 def test_a_step_that_was_turned_away_leaves_no_trace():

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 
 class ExponentialMovingAverage:
-    """average <- d * average + (1 - d) * parameter, with d = min(decay, (1 + n) / (10 + n)) at update n.
+    """average <- d * average + (1 - d) * parameter, with d = min(decay, (1 + n) / (10 + n)) at update n > 0.
 
-    The ramp is diffusers' `EMAModel` default: a young average forgets the start quickly. Only trained parameters are
-    averaged, in float32, under the names they have in the network. `decay=0` is no averaging: it holds nothing.
+    The first update, n = 0, copies. The ramp is diffusers' `EMAModel` default: a young average forgets the start
+    quickly. Only trained parameters are averaged, in float32, under the names they have in the network. `decay=0` is no
+    averaging: it holds nothing.
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
@@ -30,7 +31,7 @@ class ExponentialMovingAverage:
         """Take in the parameters after optimizer step `step`; nothing moves where `finite` (bool scalar) is false."""
         if not self.average:
             return
-        decay = min(self.decay, (1 + step) / (10 + step))
+        decay = min(self.decay, (1 + step) / (10 + step)) if step else 0.0
         weight = finite.float() * (1 - decay)  # stays on the device: no synchronisation
         averages = list(self.average.values())
         change = torch._foreach_sub([p.detach().float() for p in self.parameters.values()], averages)
