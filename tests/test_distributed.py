@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from vireo import distributed
+from vireo.errors import UserError
+
 TASKS = """
 import pickle, sys
 import torch
@@ -121,3 +124,21 @@ def test_votes_and_means(ranks):
         assert rank["gather"] == ["rank 0", "rank 1"]
         assert rank["mean"] == {"a": 1.0, "b": 0.5}
         assert torch.equal(rank["gradient"], torch.full((1, 2), 0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_weights_are_not_trained(dtype):
+    network = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, dtype=dtype))
+    with pytest.raises(UserError, match=f"2 trained parameters are not float32, for instance 1.weight .{dtype}"):
+        distributed.check_precision(network)
+    network[1].requires_grad_(False)
+    distributed.check_precision(network)
+
+
+def test_a_strategy_checks_what_it_trains():
+    strategy = distributed.Replicated(precision="fp32")
+    try:
+        with pytest.raises(UserError, match="set precision=bf16 or fp16"):
+            strategy.prepare(torch.nn.Linear(2, 2).half(), None)
+    finally:
+        distributed.close()

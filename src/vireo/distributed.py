@@ -139,6 +139,7 @@ class Strategy(ABC):
     """How one model is spread over the processes of a run."""
 
     device: torch.device
+    precision: str  # fp32, bf16 or fp16: what the network computes in
 
     @abstractmethod
     def prepare(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
@@ -216,6 +217,7 @@ class Replicated(Strategy):
         open_side_group(timeout)
 
     def prepare(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
+        check_precision(network)
         self.network = network
         self.optimizer = optimizer
         # A flag turns the update away on the device; without kernel support the host has to look at each step.
@@ -268,6 +270,19 @@ class Replicated(Strategy):
     def load_state(self, state: dict[str, Any]) -> None:
         if self.accelerator.scaler is not None and state.get("scaler"):
             self.accelerator.scaler.load_state_dict(state["scaler"])
+
+
+def check_precision(network: nn.Module) -> None:
+    """Refuse (UserError) trained weights that are not float32: updates would be rounded away, and fp16's overflow.
+
+    Half precision is autocast's affair (`precision`); frozen weights may be stored in it.
+    """
+    half = [(n, p.dtype) for n, p in network.named_parameters() if p.requires_grad and p.dtype != torch.float32]
+    if half:
+        raise UserError(
+            f"{len(half)} trained parameters are not float32, for instance {half[0][0]} ({half[0][1]}). Load them in "
+            "float32 and set precision=bf16 or fp16: autocast then computes in half precision from full weights."
+        )
 
 
 def open_side_group(timeout: float) -> None:
