@@ -7,8 +7,8 @@ import diffusers
 import torch
 import transformers
 from safetensors.torch import load_file
-from tests.golden.fill import fill, noise
 
+from tests.golden.fill import fill, noise
 from vireo.mini import tokenizers
 
 GOLDEN = Path(__file__).parent / "golden" / "ip2p"

@@ -29,4 +29,5 @@ def test_it_trains_and_resumes_exactly(experiment, tmp_path):
         first, second = one.tensors(part), two.tensors(part)
         assert first.keys() == second.keys()
         assert all(torch.equal(first[name], second[name]) for name in first), part
-    assert list((folder / "export").glob("*.safetensors"))
+    assert list((folder / "export").rglob("*.safetensors"))
+    assert "total before activations" in (folder / "train.log").read_text()

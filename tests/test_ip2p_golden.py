@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+
 from tests.golden.fill import fill
 from tests.pipelines import RecordedDraws, golden, pixels, save_pipeline, text_encoder, token_ids, unet
-
 from vireo.diffusion.noise_schedule import NoiseSchedule
 from vireo.losses.denoising import Denoising
 from vireo.models.image_encoders import ImageTextEncoder

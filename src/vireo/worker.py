@@ -20,7 +20,19 @@ from typing import Any
 
 from torch import Tensor
 
-from vireo import checkpoint, config, distributed, faults, objects, optimizers, report, run_folder, tracking, weights
+from vireo import (
+    checkpoint,
+    config,
+    distributed,
+    faults,
+    memory,
+    objects,
+    optimizers,
+    report,
+    run_folder,
+    tracking,
+    weights,
+)
 from vireo.console import Console
 from vireo.data.stream import Slices, Stream, collate, loader, to_device
 from vireo.ema import ExponentialMovingAverage
@@ -74,6 +86,17 @@ class Run:
         epochs = self.settings["epochs"]
         return math.ceil(epochs * len(self.dataset) / self.global_batch) if epochs else self.settings["steps"]
 
+    def memory(self) -> dict[str, int]:
+        """Bytes by part that one process holds before its first activation."""
+        return memory.estimate(
+            self.network,
+            self.optimizer,
+            self.average.average,
+            self.encoder.weight_bytes(),
+            self.loss.state_dict(),
+            half_precision=self.strategy.precision != "fp32",
+        )
+
     def resume(self) -> Progress:
         """Take up the checkpoint that `resume` names, the same one on every rank; none is a fresh start."""
         found = None
@@ -123,6 +146,7 @@ class Run:
             )
             self.console = Console(self.steps, progress.step, self.global_batch)
             log.info("what learns:\n%s", parameter_table(self.network))
+            log.info("memory on each device:\n%s", memory.table(self.memory(), memory.available(self.device)))
             if not len(self.held_out):
                 log.warning("no clip is held out, so nothing is validated and no checkpoint is the best one")
         if progress.step == 0:

@@ -32,9 +32,8 @@ def inputs(frames, clips=2, seed=0):
     return noisy, torch.tensor([10, 900])[:clips], condition, torch.randn(clips, 7, 32, generator=generator)
 
 
-def random_network(folder, frames=2, **arguments):
-    torch.manual_seed(0)
-    return VideoEditor(frames, str(folder), SCHEDULE, pretrained=False, **arguments)
+def make(folder, frames=2, noise_schedule=SCHEDULE, **arguments):
+    return VideoEditor(frames, str(folder), noise_schedule, **arguments)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -68,7 +67,7 @@ def test_any_source_answers_as_before_whatever_older_frames_show(tmp_path, in_ch
 
 
 def test_the_order_of_channels_is_noise_then_the_oldest_frame_first(folder):
-    network, (noisy, timesteps, condition, text) = random_network(folder, 3), inputs(3)
+    network, (noisy, timesteps, condition, text) = make(folder, 3), inputs(3)
     seen = []
     network.unet.conv_in.register_forward_hook(lambda module, arguments, output: seen.append(arguments[0]))
     network(noisy, timesteps, condition, text)
@@ -78,7 +77,7 @@ def test_the_order_of_channels_is_noise_then_the_oldest_frame_first(folder):
 
 
 def test_older_frames_are_learnt_from_the_first_step(folder):
-    network = VideoEditor(3, str(folder), SCHEDULE)
+    network = make(folder, 3)
     assert not network.unet.conv_in.weight[:, 4:12].any()
     network(*inputs(3)).square().mean().backward()
     assert network.unet.conv_in.weight.grad[:, 4:12].abs().amax((0, 2, 3)).min() > 0
@@ -96,11 +95,11 @@ def test_other_sources_are_refused(tmp_path, in_channels, frames, message):
 
 def test_it_says_what_became_of_the_source(folder, caplog):
     with caplog.at_level(logging.INFO, "vireo"):
-        VideoEditor(3, str(folder), SCHEDULE)
+        make(folder, 3)
     assert "8 -> 16 channels; of 3 condition frames the last 1 keep their weights, the rest is zero" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.INFO, "vireo"):
-        VideoEditor(1, str(folder), SCHEDULE)
+        make(folder, 1)
     assert not caplog.text, "nothing changes for one frame"
 
 
@@ -129,16 +128,18 @@ def test_real_shapes():
 def test_a_wrong_number_of_frames_is_told(folder):
     noisy, timesteps, condition, text = inputs(3)
     with pytest.raises(UserError, match="made for 2 condition frames and was given 3"):
-        random_network(folder, 2)(noisy, timesteps, condition, text)
+        make(folder, 2)(noisy, timesteps, condition, text)
 
 
 def test_checkpointing_changes_memory_only(folder):
     gradients = []
     for checkpointing in (False, True):
-        network = random_network(folder, gradient_checkpointing=checkpointing)
+        network = make(folder, text_encoder=str(folder), gradient_checkpointing=checkpointing)
         assert network.unet.is_gradient_checkpointing == checkpointing
-        network(*inputs(2)).square().mean().backward()
-        gradients.append(network.unet.conv_in.weight.grad)
+        assert network.text_encoder.is_gradient_checkpointing == checkpointing
+        noisy, timesteps, condition, _ = inputs(2)
+        network(noisy, timesteps, condition, prompt_ids=torch.arange(154).view(2, 77)).square().mean().backward()
+        gradients.append([parameter.grad for parameter in network.parameters()])
     torch.testing.assert_close(*gradients)
 
 
@@ -152,7 +153,7 @@ def test_weights_are_float32_under_autocast(tmp_path):
 
 
 def test_a_text_encoder_can_learn(folder):
-    network = VideoEditor(2, str(folder), SCHEDULE, text_encoder=str(folder))
+    network = make(folder, 2, text_encoder=str(folder))
     noisy, timesteps, condition, _ = inputs(2)
     ids = torch.randint(0, 600, (2, 77), generator=torch.Generator().manual_seed(0))
     FreezePolicy(["^unet", "^text_encoder"])(network)
@@ -161,12 +162,12 @@ def test_a_text_encoder_can_learn(folder):
     without = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()]
     assert all("k_proj.bias" in name for name in without), "attention does not see a shift of all keys"
     embeds = network.text_encoder(ids).last_hidden_state
-    frozen = VideoEditor(2, str(folder), SCHEDULE)
+    frozen = make(folder, 2)
     torch.testing.assert_close(frozen(noisy, timesteps, condition, embeds), prediction)
 
 
 def test_parts_have_names_that_freeze_policies_match(folder):
-    network = random_network(folder)
+    network = make(folder)
     FreezePolicy(["^unet"], {"conv_in": {"match": r"^unet\.conv_in", "lr_scale": 10.0}})(network)
     assert all(parameter.requires_grad for parameter in network.parameters())
 
@@ -183,7 +184,7 @@ def export(network, folder, scale=1.0):
 
 
 def test_an_export_is_a_whole_pipeline(folder, tmp_path):
-    network = VideoEditor(2, str(folder), SCHEDULE)
+    network = make(folder, 2)
     state = export(network, tmp_path / "out", scale=0.5)
     index = json.loads((tmp_path / "out/model_index.json").read_text())
     assert index.pop("_class_name") == "VideoInstructPix2PixPipeline"
@@ -201,11 +202,11 @@ def test_an_export_is_a_whole_pipeline(folder, tmp_path):
 def test_an_export_stays_when_its_source_goes(folder, tmp_path):
     source = save_pipeline(tmp_path / "source")
     (source / "vae/diffusion_pytorch_model.bin").write_bytes(b"pickled")
-    export(random_network(source), tmp_path / "out")
+    export(make(source), tmp_path / "out")
     assert not list((tmp_path / "out").rglob("*.bin")) and not any(p.is_symlink() for p in tmp_path.rglob("*"))
     source.rename(tmp_path / "elsewhere")
     assert diffusers.AutoencoderKL.from_pretrained(tmp_path / "out/vae") is not None
-    export(random_network(tmp_path / "out"), tmp_path / "out")  # over itself
+    export(make(tmp_path / "out"), tmp_path / "out")  # over itself
     assert diffusers.AutoencoderKL.from_pretrained(tmp_path / "out/vae") is not None
 
 
@@ -214,32 +215,34 @@ def test_where_files_cannot_be_linked_they_are_copied(folder, tmp_path, monkeypa
         raise OSError("cross-device link")
 
     monkeypatch.setattr("os.link", refuse)
-    export(random_network(folder), tmp_path)
+    export(make(folder), tmp_path)
     name = "diffusion_pytorch_model.safetensors"
     assert (tmp_path / "vae" / name).read_bytes() == (folder / "vae" / name).read_bytes()
 
 
 def test_a_text_encoder_that_learnt_is_exported_and_loaded(folder, tmp_path):
-    network = VideoEditor(2, str(folder), SCHEDULE, text_encoder=str(folder))
+    network = make(folder, 2, text_encoder=str(folder))
     state = export(network, tmp_path, scale=0.5)
     saved = transformers.CLIPTextModel.from_pretrained(tmp_path / "text_encoder").state_dict()
     assert all(torch.equal(value, state[f"text_encoder.{name}"]) for name, value in saved.items())
-    network.load(tmp_path)
-    assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
+    for path in (tmp_path, tmp_path / "unet"):
+        network = make(folder, 2, text_encoder=str(folder))
+        network.load(path)
+        assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
 
 
 def test_the_exported_scheduler_is_what_was_trained_on(folder, tmp_path):
     trained = NoiseSchedule(prediction_type="v_prediction", beta_end=0.02)
-    network = VideoEditor(2, str(folder), trained, pretrained=False)
+    network = VideoEditor(2, str(folder), trained)
     export(network, tmp_path)
     scheduler = diffusers.DDIMScheduler.from_pretrained(tmp_path / "scheduler")
     assert scheduler.config.prediction_type == "v_prediction" and scheduler.config.beta_end == 0.02
 
 
 def test_another_noise_schedule_than_the_weights_is_told(folder, caplog):
-    VideoEditor(2, str(folder), SCHEDULE, pretrained=False)
+    make(folder, 2)
     assert not caplog.text
-    VideoEditor(2, str(folder), NoiseSchedule(prediction_type="v_prediction"), pretrained=False)
+    VideoEditor(2, str(folder), NoiseSchedule(prediction_type="v_prediction"))
     assert "prediction_type of the weights is epsilon, model.noise_schedule's is v_prediction" in caplog.text
 
 
@@ -250,10 +253,10 @@ def test_a_pipeline_that_does_not_say_what_it_predicts_is_told(tmp_path, caplog)
 
 
 def test_load_reads_exports_and_widens(folder, tmp_path):
-    image = VideoEditor(1, str(folder), SCHEDULE)
+    image = make(folder, 1)
     state = export(image, tmp_path, scale=0.5)
     for path in (tmp_path, tmp_path / "unet"):
-        video = random_network(folder, 3)
+        video = make(folder, 3)
         video.load(path)
         assert torch.equal(video.unet.conv_in.weight, widened(state["unet.conv_in.weight"], 3))
         assert torch.equal(video.unet.conv_out.weight, state["unet.conv_out.weight"])
@@ -265,15 +268,16 @@ def test_folders_that_do_not_suit_are_told(folder, tmp_path):
     with pytest.raises(UserError, match="holds a AutoencoderKL"):
         VideoEditor(2, str(folder / "vae"), SCHEDULE)
     with pytest.raises(UserError, match="init_from=.* has no unet"):
-        random_network(folder).load(tmp_path)
+        make(folder).load(tmp_path)
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet/config.json").write_text((folder / "unet/config.json").read_text())
     with pytest.raises(UserError, match="has no weights: beside config.json there is nothing else"):
-        VideoEditor(2, str(tmp_path), SCHEDULE)
+        make(tmp_path)
+    unet(8).save_pretrained(tmp_path / "unet")
     with pytest.raises(UserError, match="has no vae/. Set model.network.pipeline"):
-        export(random_network(tmp_path), tmp_path / "out")
-    export(random_network(tmp_path, pipeline=str(folder)), tmp_path / "out")
+        export(make(tmp_path), tmp_path / "out")
+    export(make(tmp_path, pipeline=str(folder)), tmp_path / "out")
     other = unet(8, cross_attention_dim=16)
     other.save_pretrained(tmp_path / "unet")
     with pytest.raises(UserError, match="does not fit this network"):
-        random_network(folder).load(tmp_path)
+        make(folder).load(tmp_path)

@@ -5,7 +5,6 @@ cache (as posterior moments, never as samples). `condition` is what must be fres
 posterior, scaling, noising an image before it is encoded. Encoders are never wrapped, never trained, never saved.
 """
 
-import functools
 import json
 from typing import Any
 
@@ -18,17 +17,23 @@ from vireo.randomness import Draws
 class Encoder:
     """Base of all encoders.
 
-    `outputs` maps each cacheable output to the batch's field it is computed from, or to a literal text in quotation
-    marks: '""' is the empty prompt, the same for every sample.
+    outputs: for each cacheable output the batch's field it is computed from, or a text in double quotes that all
+    samples share: {"null_prompt_embeds": '""'}. parts: names of the `functools.cached_property`s that load weights.
     """
 
     outputs: dict[str, str] = {}
+    parts: tuple[str, ...] = ()
     device: torch.device = torch.device("cpu")
 
     def to(self, device: torch.device) -> None:
-        """Where parts are put when they are loaded, at their first use."""
+        """Where parts are put when they are loaded, at their first use; those that are loaded are let go."""
+        self.free()
         self.device = device
-        self.literals.clear()
+
+    def free(self) -> None:
+        """Give back the memory of what is loaded; it is loaded again when it is used again."""
+        for name in (*self.parts, "_of_text"):
+            self.__dict__.pop(name, None)
 
     def weight_bytes(self) -> dict[str, int]:
         """Bytes of the frozen networks by name, once they are loaded; without loading them."""
@@ -55,28 +60,27 @@ class Encoder:
     @torch.no_grad()
     def __call__(self, batch: dict[str, Any], draws: Draws) -> dict[str, Any]:
         """The batch with latents and conditions; outputs that are there already (from a cache) are not computed."""
-        made = {}
-        for output, field in self.outputs.items():
-            if output not in batch and is_literal(field):
-                made[output] = self.literal(output).expand(len(draws.positions), *self.literal(output).shape[1:])
-            elif output not in batch:
-                made[output] = self.encode(output, batch[field])
-        return self.condition({**batch, **made}, draws)
+        missing = {output: field for output, field in self.outputs.items() if output not in batch}
+        computed = {}
+        for output, field in missing.items():
+            text = literal(field)
+            if text is None:
+                computed[output] = self.encode(output, batch[field])
+            else:
+                computed[output] = self._shared(output, text, len(draws.positions))
+        return self.condition({**batch, **computed}, draws)
 
-    def literal(self, output: str) -> Tensor:
-        """The output of a literal, (1, ...), which is computed once."""
-        if output not in self.literals:
-            self.literals[output] = self.encode(output, [json.loads(self.outputs[output])])
-        return self.literals[output]
-
-    @functools.cached_property
-    def literals(self) -> dict[str, Tensor]:
-        return {}
+    def _shared(self, output: str, text: str, samples: int) -> Tensor:
+        """An output that all samples share, computed once, as a view of (samples, …)."""
+        known: dict[str, Tensor] = self.__dict__.setdefault("_of_text", {})
+        if output not in known:
+            known[output] = self.encode(output, [text])
+        return known[output].expand(samples, *known[output].shape[1:])
 
 
-def is_literal(field: str) -> bool:
-    """Whether an output is computed from a text in quotation marks instead of a field of the batch."""
-    return field.startswith('"')
+def literal(field: str) -> str | None:
+    """The text that stands in an encoder's `outputs` in place of a field, '"a text"'; None for a field's name."""
+    return json.loads(field) if field.startswith('"') else None
 
 
 class NoEncoder(Encoder):

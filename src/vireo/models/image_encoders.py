@@ -37,6 +37,8 @@ class ImageTextEncoder(Encoder):
     Networks are loaded when they are first needed. Raises UserError for folders that do not suit.
     """
 
+    parts = ("loaded_vae", "loaded_text_encoder")
+
     def __init__(
         self,
         vae: str,
@@ -64,12 +66,6 @@ class ImageTextEncoder(Encoder):
             self.text_part = saved_networks.find(text_encoder, "text_encoder", "model.encoder.text_encoder")
             self.outputs |= {"prompt_embeds": "prompt", "null_prompt_embeds": '""'}
         self.tokenizer_folder = _find_tokenizer(tokenizer or str(text_encoder))
-
-    def to(self, device: torch.device) -> None:
-        """Where the networks are put when they are loaded; loaded ones are loaded anew."""
-        super().to(device)
-        self.__dict__.pop("loaded_vae", None)
-        self.__dict__.pop("loaded_text_encoder", None)
 
     @property
     def scaling_factor(self) -> float:
@@ -130,7 +126,7 @@ class ImageTextEncoder(Encoder):
         """Of the frozen networks, once they are loaded."""
         size = DTYPES[self.dtype].itemsize
         parts = {"VAE": self.vae_part, **({"text encoder": self.text_part} if self.text_part else {})}
-        return {name: part.count() * size for name, part in parts.items()}
+        return {name: saved_networks.count(part.weights) * size for name, part in parts.items()}
 
     @functools.cached_property
     def loaded_vae(self) -> Any:

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 
 from vireo.errors import UserError
-from vireo.models.teachers import _file_digest
 
 CONFIG = "config.json"
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # diffusers' and transformers' names
@@ -32,16 +31,17 @@ class Part(NamedTuple):
         config = {name: value for name, value in self.config.items() if name[:1] != "_" and name not in VERSIONS}
         return digest(json.dumps(config, sort_keys=True), self.weights)
 
-    def count(self) -> int:
-        """Numbers in the weights files, by their headers."""
-        from safetensors import safe_open
 
-        total = 0
-        for file in self.weights:
-            with safe_open(file, "pt") as tensors:
-                shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118 - no dict
-                total += sum(math.prod(shape) for shape in shapes)
-        return total
+def count(weights: list[Path]) -> int:
+    """How many numbers safetensors files hold, by their headers."""
+    from safetensors import safe_open
+
+    total = 0
+    for file in weights:
+        with safe_open(file, "pt") as tensors:
+            shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118 - no dict
+            total += sum(math.prod(shape) for shape in shapes)
+    return total
 
 
 def find_config(path: str | Path, name: str, key: str) -> tuple[Path, dict[str, Any]]:
@@ -100,6 +100,8 @@ def load(part: Part, kind: Any, dtype: torch.dtype) -> Any:
 
 def digest(text: str, files: list[Path]) -> str:
     """Hash of a text and of files' contents; a file is read again only when its size or time has changed."""
+    from vireo.models.teachers import _file_digest
+
     total = hashlib.blake2b(text.encode(), digest_size=16)
     for file in files:
         total.update(_file_digest(file, file.stat().st_size, file.stat().st_mtime_ns))

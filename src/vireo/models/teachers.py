@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vireo.errors import UserError
-from vireo.models import teacher_lengths
+from vireo.models import saved_networks, teacher_lengths
 from vireo.models.encoders import Encoder
 from vireo.pixels import to_pixels
 from vireo.randomness import Draws
@@ -86,6 +86,10 @@ class Teacher(Encoder):
             digest.update(_file_digest(file, file.stat().st_size, file.stat().st_mtime_ns))
         name = self.files.config["_class_name"]
         return f"{name} {digest.hexdigest()} {self.latent_space} {self.posterior} {self.dtype}"
+
+    def weight_bytes(self) -> dict[str, int]:
+        """Of the VAE, once it is loaded."""
+        return {"VAE": saved_networks.count(self.files.weights) * DTYPES[self.dtype].itemsize}
 
     def condition(self, batch: dict[str, Any], draws: Draws) -> dict[str, Any]:
         """frames: uint8 (B, T, 3, H, W). Adds target_latents: float32 (B, C, t, h, w) in `latent_space`."""

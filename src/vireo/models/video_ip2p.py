@@ -47,8 +47,7 @@ class VideoEditor(Network):
         elsewhere, and `forward` takes prompt_embeds.
     pipeline: the folder whose VAE, text encoder, tokenizer and scheduler an export takes over; by default the one that
         the UNet lies in.
-    pretrained: false builds the UNet by its config.json alone, with random weights, and needs no weights' file.
-    gradient_checkpointing: compute the UNet twice in exchange for most of its activations' memory.
+    gradient_checkpointing: compute what learns twice in exchange for most of its activations' memory.
 
     All weights are float32; lower precision is autocast's affair. Raises UserError for folders that do not suit.
     """
@@ -60,21 +59,20 @@ class VideoEditor(Network):
         noise_schedule: NoiseSchedule,
         text_encoder: str | None = None,
         pipeline: str | None = None,
-        pretrained: bool = True,
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.num_condition_frames, self.noise_schedule = num_condition_frames, noise_schedule
-        folder, config = _find_unet(unet)
+        folder = _find_unet(unet)
         self.pipeline = _Pipeline(Path(pipeline).expanduser() if pipeline else folder.parent)
         self.pipeline.compare(noise_schedule)
-        self.unet = _load_unet(folder) if pretrained else _build_unet(config, num_condition_frames)
+        self.unet = _load_unet(folder)
         widen(self.unet, num_condition_frames, str(folder))
         self.text_encoder = _load_text_encoder(text_encoder) if text_encoder else None
         if gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
             if self.text_encoder is not None:
-                self.text_encoder.gradient_checkpointing_enable()
+                self.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
         self.train()
 
     def forward(
@@ -106,16 +104,14 @@ class VideoEditor(Network):
         What was not trained is taken over from `pipeline`, as hard links where the file system has them, else copies.
         """
         (folder / "unet").mkdir(parents=True, exist_ok=True)
-        unet = {name[5:]: value.contiguous() for name, value in state.items() if name.startswith("unet.")}
+        unet = {name: value.contiguous() for name, value in _below("unet.", state).items()}
         self.unet.save_config(folder / "unet")
         save_file(unet, folder / "unet" / saved_networks.WEIGHTS[0], metadata={"format": "pt"})
         parts = ["vae", "tokenizer"]
         if self.text_encoder is None:
             parts.append("text_encoder")
         else:
-            prefix = "text_encoder."
-            own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-            self.text_encoder.save_pretrained(folder / "text_encoder", state_dict=own)
+            self.text_encoder.save_pretrained(folder / "text_encoder", state_dict=_below("text_encoder.", state))
         for part in parts:
             self.pipeline.copy(part, folder)
         scheduler = self.pipeline.scheduler(self.noise_schedule)
@@ -136,8 +132,8 @@ class VideoEditor(Network):
             state["conv_in.weight"] = widened(weight, self.num_condition_frames, str(part.folder))
         _load_strictly(self.unet, state, part.folder)
         if self.text_encoder is not None:
-            text_encoder = _load_text_encoder(str(path), "init_from")
-            _load_strictly(self.text_encoder, text_encoder.state_dict(), path / "text_encoder")
+            folder = part.folder.parent / "text_encoder"
+            _load_strictly(self.text_encoder, _load_text_encoder(str(folder), "init_from").state_dict(), folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -179,9 +175,8 @@ def widen(unet: Any, num_condition_frames: int, source: str = "the UNet") -> Non
             "conv_in of %s: %d -> %d channels; of %d condition frames the last %d keep their weights, the rest is zero"
         )
         log.info(says, source, old.in_channels, weight.shape[1], num_condition_frames, kept)
-        unet.conv_in = nn.Conv2d(
-            weight.shape[1], old.out_channels, old.kernel_size, padding=old.padding, device=weight.device
-        )
+        like = {"device": weight.device, "dtype": weight.dtype}
+        unet.conv_in = nn.Conv2d(weight.shape[1], old.out_channels, old.kernel_size, padding=old.padding, **like)
         unet.conv_in.load_state_dict({"weight": weight, "bias": old.bias.detach()})
     # An attribute of the config would not be saved: the folder would say 8 and hold 84.
     unet.register_to_config(in_channels=weight.shape[1], num_frames=num_condition_frames)
@@ -191,14 +186,14 @@ def widen(unet: Any, num_condition_frames: int, source: str = "the UNet") -> Non
 # Folders
 
 
-def _find_unet(path: str) -> tuple[Path, dict[str, Any]]:
+def _find_unet(path: str) -> Path:
     folder, config = saved_networks.find_config(path, "unet", "model.network.unet")
     if config.get("_class_name") != "UNet2DConditionModel":
         raise UserError(
             f"{folder} holds a {config.get('_class_name')}, not a UNet2DConditionModel. Set model.network.unet to the "
             "folder of a Stable Diffusion 1.5 or InstructPix2Pix pipeline."
         )
-    return folder, config
+    return folder
 
 
 def _load_unet(folder: Path) -> Any:
@@ -208,17 +203,14 @@ def _load_unet(folder: Path) -> Any:
     return saved_networks.load(part, UNet2DConditionModel, torch.float32)
 
 
-def _build_unet(config: Mapping[str, Any], num_condition_frames: int) -> Any:
-    """A random one; all of its channels are random, since there is nothing to keep."""
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel.from_config({**config, "in_channels": LATENT * (1 + num_condition_frames)})
-
-
 def _load_text_encoder(path: str, key: str = "model.network.text_encoder") -> Any:
     from transformers import CLIPTextModel
 
     return saved_networks.load(saved_networks.find(path, "text_encoder", key), CLIPTextModel, torch.float32)
+
+
+def _below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def _load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: Path) -> None:
