@@ -28,7 +28,8 @@ def conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.fixture
 def full(tmp_path: Path) -> list[str]:
     """The words of size=full with folders in which everything that the shipped recipes read is there."""
-    for name in ("data", "weights/taehv", "weights/CogVideoX-2b", "weights/Wan2.1-T2V-1.3B-Diffusers"):
-        (tmp_path / name).mkdir(parents=True)
+    for name in ("taehv", "CogVideoX-2b", "Wan2.1-T2V-1.3B-Diffusers", "instruct-pix2pix"):
+        (tmp_path / "weights" / name).mkdir(parents=True)
+    (tmp_path / "data").mkdir()
     (tmp_path / "weights/taehv/taecvx.safetensors").touch()
     return ["size=full", "paths.data=data", "paths.weights=weights"]

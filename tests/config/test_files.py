@@ -22,7 +22,7 @@ def content(path: Path) -> dict:
 
 
 def test_the_tree_is_not_empty():
-    assert len(FILES) > 20 and config.experiments() == ["taehv", "taehv_seraena", "taehv_seraena_wan"]
+    assert len(FILES) > 20 and "ip2p_video" in config.experiments()
 
 
 @pytest.mark.parametrize("experiment", config.experiments())
@@ -39,10 +39,12 @@ def test_experiments_compose_validate_and_resolve(experiment, size, full):
     "words",
     [
         *[[f"schedule={name}"] for name in ("constant", "cosine", "linear")],
-        *[[f"freeze-policy={name}"] for name in ("all", "decoder", "encoder")],
+        *[[f"freeze-policy={name}"] for name in ("all", "decoder", "encoder", "unet", "unet_text_encoder")],
         *[[f"tracker={name}"] for name in ("none", "tensorboard", "wandb")],
         ["strategy=single"],
         ["optimizer=adamw"],
+        ["optimizer=adamw_8bit"],
+        ["model=ip2p_video_text", "freeze-policy=unet_text_encoder", "loss=ip2p"],
         ["data=clips"],
         ["debug=quick"],
     ],
@@ -55,6 +57,26 @@ def test_other_options_validate_too(words):
 def test_freeze_policy_is_chosen_with_a_hyphen_and_changed_with_an_underscore():
     assert config.settings(["freeze-policy=decoder"])["freeze_policy"]["train"] == [r"^decoder\."]
     assert config.settings(['freeze_policy.train=["^encoder"]'])["freeze_policy"]["train"] == ["^encoder"]
+
+
+def test_the_first_convolution_can_learn_faster():
+    words = ["experiment=ip2p_video", "freeze_policy.groups.conv_in.lr_scale=10"]
+    assert config.problems(words) == []
+    assert config.settings(words)["freeze_policy"]["groups"]["conv_in"]["lr_scale"] == 10
+
+
+def test_the_video_editor_is_trained_as_published(full):
+    video, image = (config.settings([*full, f"experiment={name}"]) for name in ("ip2p_video", "ip2p_image"))
+    wanted = {"lr": 5e-5, "steps": 20000, "height": 256, "width": 256, "max_grad_norm": 1.0, "num_frames": 20}
+    assert {key: video[key] for key in wanted} == wanted
+    assert video["batch_size"] * video["gradient_accumulation"] == 16
+    assert video["schedule"]["_target_"].endswith("Constant") and video["optimizer"]["weight_decay"] == 0.01
+    assert (
+        video["loss"]["condition_dropout"] == 0.05 and video["model"]["noise_schedule"]["prediction_type"] == "epsilon"
+    )
+    assert image["num_frames"] == image["model"]["network"]["num_condition_frames"] == 1
+    differ = {key for key in video if video[key] != image[key]}
+    assert differ <= {"experiment", "num_frames", "model", "data", "run"}
 
 
 def test_a_size_changes_numbers_and_paths_and_nothing_else(full):
@@ -127,7 +149,7 @@ def test_no_boolean_where_text_is_meant(path):
         for inner, hint in typing.get_type_hints(node).items()
         if hint is bool
     }
-    known = {*schema_bools, "_partial_", "find_unused_parameters", "job.chdir"}
+    known = {*schema_bools, "_partial_", "find_unused_parameters", "job.chdir", "network.gradient_checkpointing"}
     for key, value in leaves(content(path)):
         assert not isinstance(value, bool) or key in known, f"{key} is {value}"
         assert not isinstance(key, bool)
