@@ -16,30 +16,9 @@ from vireo.metrics import measure_video
 from vireo.models.encoders import Encoder
 from vireo.pixels import to_uint8
 from vireo.randomness import Draws
+from vireo.sampling.sampler import Sampler
 
 SEED = "validation"  # validation draws the same numbers at every step of every run
-
-
-class Sampler(Protocol):
-    """Turns a batch into named videos: float pixels in [0, 1], (B, T, C, H, W)."""
-
-    def __call__(self, network: nn.Module, encoder: Encoder, batch: dict, draws: Draws) -> dict[str, Tensor]:
-        """Always with "prediction", with "target" where there is a truth; the rest is worth seeing beside them."""
-        ...
-
-    def baselines(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """What one gets without any network, in the same layout as "target"."""
-        ...
-
-    def measure(
-        self, network: nn.Module, encoder: Encoder, batch: dict, columns: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """What is measured beside whole frames (latents, a region): (B,) each; {} if nothing is.
-
-        columns: this sampler's, and its baselines. Names are "<measure>" or, for another column than the prediction,
-        "<column>/<measure>".
-        """
-        ...
 
 
 class Evaluation(Protocol):
@@ -87,6 +66,7 @@ def score_clips(
     The network is called with what the caller has set (evaluation mode, averaged weights). The loss does not learn.
     """
     learning, loss.learning = loss.learning, False
+    unscored = {"target", *sampler.unscored}
     try:
         for some in _batches(indices, batch_size):
             batch = stream.batch(some, device)
@@ -102,13 +82,32 @@ def score_clips(
                 shown = {title: to_uint8(video[row], low=0).cpu() for title, video in columns.items()}
                 measures = {"loss": float(sum(totals) / len(totals)), **{n: float(v[row]) for n, v in figures.items()}}
                 for title, video in {**columns, **baselines}.items():
-                    if "target" in columns and title != "target" and video.shape == columns["target"].shape:
+                    if title not in unscored and "target" in columns and video.shape == columns["target"].shape:
                         prefix = "" if title == "prediction" else f"{title}/"
                         for measure, values in measure_video(video[row], columns["target"][row]).items():
                             measures[prefix + measure] = values
                 yield ClipScore(index, str(name), measures, fps), shown
     finally:
         loss.learning = learning
+
+
+@torch.no_grad()
+def further_videos(
+    network: nn.Module,
+    encoder: Encoder,
+    sampler: Sampler,
+    stream: Stream,
+    indices: Sequence[int],
+    batch_size: int,
+    device: torch.device,
+) -> Iterator[tuple[int, str, dict[str, Tensor]]]:
+    """The sampler's further videos of held-out clips: number of the clip, title, columns uint8 (T, C, H, W)."""
+    for some in _batches(indices, batch_size):
+        batch = stream.batch(some, device)
+        draws = Draws(stream.seed, batch["position"], device)
+        for title, columns in sampler.videos(network, encoder, encoder(batch, draws), draws).items():
+            for row, index in enumerate(some):
+                yield index, title, {name: to_uint8(video[row], low=0).cpu() for name, video in columns.items()}
 
 
 def means(scores: Iterable[ClipScore]) -> dict[str, float]:
