@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from tests.edit_toys import FRAMES, SCALE, SIDE, Editor, Halving, LastFrame, batch
 
-from tests.sampling.edit_toys import FRAMES, SCALE, SIDE, Editor, Halving, LastFrame, Schedule, batch
+from vireo.diffusion.noise_schedule import NoiseSchedule
 from vireo.errors import UserError
 from vireo.pixels import to_pixels
 from vireo.randomness import Draws
@@ -14,7 +15,7 @@ COLUMNS = ["inputs", "target", "prediction", "vae", "copy-last vae"]
 
 
 def sampler(prediction_type="epsilon", **options):
-    return EditSampler(Schedule(prediction_type), INPUTS, **{"num_inference_steps": 3, **options})
+    return EditSampler(NoiseSchedule(prediction_type=prediction_type), INPUTS, **{"num_inference_steps": 3, **options})
 
 
 def copying(**options):

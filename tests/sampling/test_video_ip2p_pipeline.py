@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-
 from tests.golden.fill import fill, noise
 from tests.pipelines import CONFIG, golden, pixels, save_pipeline, text_encoder, token_ids, unet
+
 from vireo.errors import UserError
 from vireo.sampling.video_ip2p_pipeline import VideoInstructPix2PixPipeline
 

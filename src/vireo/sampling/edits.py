@@ -33,8 +33,8 @@ class EditSampler(Sampler):
     recycle: how a new frame comes back as a condition, see `vireo.sampling.roll_out`.
 
     All columns are float32 in [0, 1]; "inputs" is (B, up to 3, 3, H, W), the others (B, 1, 3, H, W): target,
-    prediction, difference (its absolute value), vae (the target through the VAE, which is the ceiling) and "copy-last
-    through the vae". Raises UserError for settings that make no sense.
+    prediction, vae (the target through the VAE, which is the ceiling) and "copy-last vae". Raises UserError for
+    settings that make no sense.
     """
 
     unscored = ("inputs",)
@@ -73,19 +73,21 @@ class EditSampler(Sampler):
 
         encoder: gives `decode` (scaled latents (B, C, h, w) to pixels in [0, 1]) and `scaling_factor`.
         """
-        frames, target = batch["frames"], to_pixels(batch["target"], low=0.0)
-        prediction = _decoded(encoder, self.sample(network, batch, draws))
-        factor = encoder.scaling_factor
-        columns = {
-            "target": target,
-            "prediction": prediction,
+        frames, factor = batch["frames"], encoder.scaling_factor
+        count = frames.shape[1]
+        shown = torch.linspace(0, count - 1, min(SHOWN_INPUTS, count)).round().long()
+        return {
+            "inputs": to_pixels(frames[:, shown.to(frames.device)], low=0.0),
+            "target": to_pixels(batch["target"][:, None], low=0.0),
+            "prediction": self.predict(network, encoder, batch, draws),
             "vae": _decoded(encoder, _mode(batch["target_moments"]) * factor),
             "copy-last vae": _decoded(encoder, batch["condition_latents"][:, -1] * factor),
         }
-        count = frames.shape[1]
-        shown = torch.linspace(0, count - 1, min(SHOWN_INPUTS, count)).round().long()
-        inputs = to_pixels(frames[:, shown.to(frames.device)], low=0.0)
-        return {"inputs": inputs, **{name: picture[:, None] for name, picture in columns.items()}}
+
+    @torch.no_grad()
+    def predict(self, network: nn.Module, encoder: Any, batch: Mapping[str, Any], draws: Draws) -> Tensor:
+        """The next frame, float32 (B, 1, 3, H, W) in [0, 1]; only the network's conditions are read from the batch."""
+        return _decoded(encoder, self.sample(network, batch, draws))
 
     @torch.no_grad()
     def sample(self, network: nn.Module, batch: Mapping[str, Any], draws: Draws, number: int = 0) -> Tensor:
@@ -194,7 +196,8 @@ def _mode(moments: Tensor) -> Tensor:
 
 
 def _decoded(encoder: Any, latents: Tensor) -> Tensor:
-    return encoder.decode(latents).float().clamp(0, 1)
+    """Scaled latents (B, C, h, w) to pixels (B, 1, 3, H, W) in [0, 1]."""
+    return encoder.decode(latents).float().clamp(0, 1)[:, None]
 
 
 def _mean_where(region: Tensor, values: Tensor) -> Tensor:

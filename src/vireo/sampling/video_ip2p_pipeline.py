@@ -4,13 +4,15 @@ diffusers' own InstructPix2Pix pipeline loads a folder with more than one condit
 four condition channels and the network wants 4 N.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, UNet2DConditionModel
+from diffusers import AutoencoderKL, ImagePipelineOutput, UNet2DConditionModel
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
@@ -38,7 +40,7 @@ class VideoInstructPix2PixPipeline(DiffusionPipeline):
     Raises UserError for a unet whose channels are not C + C N.
     """
 
-    model_cpu_offload_seq = "text_encoder->unet->vae"
+    model_cpu_offload_seq: Any = "text_encoder->unet->vae"
 
     vae: Any
     text_encoder: Any
@@ -57,8 +59,8 @@ class VideoInstructPix2PixPipeline(DiffusionPipeline):
     ) -> None:
         super().__init__()
         self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
-        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        channels, given = vae.config.latent_channels, unet.config.in_channels
+        self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        channels, given = self.vae.config.latent_channels, self.unet.config.in_channels
         if given < 2 * channels or given % channels:
             raise UserError(
                 f"the unet has {given} input channels; with latents of {channels} channels an editor of N frames has "
@@ -67,15 +69,18 @@ class VideoInstructPix2PixPipeline(DiffusionPipeline):
         self.num_condition_frames = given // channels - 1
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, **options: Any) -> "VideoInstructPix2PixPipeline":
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> "VideoInstructPix2PixPipeline":
         """A pipeline folder that vireo exported or converted, or any InstructPix2Pix folder of diffusers' layout.
 
-        Reads this folder's JSON and safetensors files, nothing else; nothing is downloaded. options: as of diffusers,
+        Reads this folder's JSON and safetensors files, nothing else; nothing is downloaded. kwargs: as of diffusers,
         such as torch_dtype. Raises UserError if there is no pipeline in the folder.
         """
-        if not (Path(folder) / "model_index.json").is_file():
+        folder = Path(pretrained_model_name_or_path)
+        if not (folder / "model_index.json").is_file():
             raise UserError(f"{folder} is no pipeline: there is no model_index.json in it. Name an exported folder.")
-        return super().from_pretrained(str(folder), **{**options, "local_files_only": True, "use_safetensors": True})
+        return super().from_pretrained(str(folder), **{**kwargs, "local_files_only": True, "use_safetensors": True})
 
     @torch.no_grad()
     def __call__(

@@ -1,6 +1,5 @@
 """A picture "VAE" and an editor of a few lines, to test what samples and rolls out without weights."""
 
-import diffusers
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -11,17 +10,6 @@ from vireo.pixels import to_pixels
 FRAMES, SIDE, SCALE = 4, 16, 0.2
 
 
-class Schedule:
-    """As vireo.diffusion.noise_schedule.NoiseSchedule, in so far as samplers need it."""
-
-    def __init__(self, prediction_type="epsilon"):
-        self.prediction_type = prediction_type
-
-    def scheduler(self, name, **settings):
-        known = {"clip_sample": False} if name == "DDIMScheduler" else {}
-        return getattr(diffusers, name)(prediction_type=self.prediction_type, **known, **settings)
-
-
 class Halving(Encoder):
     """Latents (4, H / 2, W / 2) are the averages of 2 x 2 pixels in [-1, 1], and their mean over colours."""
 
@@ -29,7 +17,7 @@ class Halving(Encoder):
         "frame_moments": "frames",
         "target_moments": "target",
         "prompt_embeds": "prompt",
-        "null_prompt_embeds": "",
+        "null_prompt_embeds": '""',
     }
     scaling_factor = SCALE
 
@@ -38,17 +26,13 @@ class Halving(Encoder):
 
     def encode(self, output, values):
         self.calls.append(output)
-        if output == "prompt_embeds":
+        if output.endswith("prompt_embeds"):
             return torch.stack([torch.full((2, 3), float(len(text))) for text in values])
         if output.endswith("_moments"):
             small = F.avg_pool2d(to_pixels(values.flatten(0, -4)), 2)
             mean = torch.cat([small, small.mean(1, keepdim=True)], 1)
             return torch.cat([mean, torch.full_like(mean, -30.0)], 1).unflatten(0, values.shape[:-3])
         raise KeyError(output)
-
-    def __call__(self, batch, draws):
-        self.batch_size = len(batch["target"])
-        return super().__call__({**batch, "null_prompt_embeds": torch.zeros(self.batch_size, 2, 3)}, draws)
 
     def condition(self, batch, draws):
         return {**batch, "condition_latents": batch["frame_moments"].chunk(2, dim=2)[0]}
@@ -94,3 +78,25 @@ def batch(clips=(0, 1), frames=FRAMES):
         "task": [("move", "drop")[clip % 2] for clip in clips],
         "position": torch.tensor(list(clips)),
     }
+
+
+class Drifts:
+    """The clips of `batch` as a dataset; all with one text if `text` is given."""
+
+    max_bad_fraction = 0.0
+
+    def __init__(self, clips=4, frames=FRAMES, text=None):
+        self.clips, self.frames, self.text = clips, frames, text
+
+    def __len__(self):
+        return self.clips
+
+    def sample(self, index, draws):
+        one = {name: value[0] for name, value in batch([index], self.frames).items() if name != "position"}
+        return {**one, "prompt": self.text or one["prompt"]}
+
+    def sources(self, index):
+        return {}
+
+    def describe(self):
+        return {}
