@@ -5,7 +5,7 @@ from tests.toys import Denoise, Denoised, ToyDataset, ToyNetwork
 from vireo.data.stream import Stream
 from vireo.losses.objective import Objective
 from vireo.models.encoders import NoEncoder
-from vireo.validation import SEED, further_videos, means, measure_video, score_clips, validate
+from vireo.validation import SEED, further_videos, means, means_by_task, measure_video, score_clips, validate
 
 CPU = torch.device("cpu")
 
@@ -110,3 +110,18 @@ def test_further_videos_of_each_clip(network):
     frames = stream[(2, 0)]["frames"]
     assert torch.equal(found[2][2]["prediction"], torch.cat([frames, frames]))
     assert list(further_videos(network, NoEncoder(), Denoised(), stream, [0], 1, CPU)) == []
+
+
+def test_means_of_each_task(network):
+    class Kinds(ToyDataset):
+        def sample(self, index, draws):
+            return {**super().sample(index, draws), "task": ("move", "drop")[index % 2]}
+
+    stream = Stream(Kinds(side=16), SEED, shuffle=False)
+    found = [s for s, _ in score_clips(network, NoEncoder(), Denoise(), Denoised(), stream, [0, 1, 2], 2, CPU)]
+    drop, move = means_by_task(found, "psnr")
+    assert (drop["task"], drop["clips"], move["task"], move["clips"]) == ("drop", 1, "move", 2)
+    assert drop["psnr"] == found[1].measures["psnr"]
+    assert move["grey/psnr"] == pytest.approx(sum(found[i].measures["grey/psnr"] for i in (0, 2)) / 2)
+    assert "grey/ssim" not in move and "ssim" in move
+    assert means_by_task([score for score, _ in scores(network, 2)], "psnr") == []

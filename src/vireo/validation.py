@@ -42,12 +42,16 @@ class Evaluation(Protocol):
 
 
 class ClipScore(NamedTuple):
-    """The measures of one held-out clip: {"psnr": …, "mean colour/psnr": …, "loss": …}. fps: its own, if known."""
+    """The measures of one held-out clip: {"psnr": …, "mean colour/psnr": …, "loss": …}. fps: its own, if known.
+
+    task: the kind of clip that it is, where the data knows kinds.
+    """
 
     clip: int
     name: str
     measures: dict[str, float]
     fps: float | None = None
+    task: str | None = None
 
 
 @torch.no_grad()
@@ -72,13 +76,13 @@ def score_clips(
             batch = stream.batch(some, device)
             draws = Draws(stream.seed, batch["position"], device)
             names = batch.get("name", [str(index) for index in some])
-            rates = batch.get("fps", [None] * len(some))
+            rates, tasks = (batch.get(field, [None] * len(some)) for field in ("fps", "task"))
             batch = encoder(batch, draws)
             totals = [loss(network, batch, draws.pinned(point)).total for point in loss.grid]
             columns = sampler(network, encoder, batch, draws)
             baselines = sampler.baselines(batch) if "target" in columns else {}
             figures = sampler.measure(network, encoder, batch, {**columns, **baselines})
-            for row, (index, name, fps) in enumerate(zip(some, names, rates, strict=True)):
+            for row, (index, name, fps, task) in enumerate(zip(some, names, rates, tasks, strict=True)):
                 shown = {title: to_uint8(video[row], low=0).cpu() for title, video in columns.items()}
                 measures = {"loss": float(sum(totals) / len(totals)), **{n: float(v[row]) for n, v in figures.items()}}
                 for title, video in {**columns, **baselines}.items():
@@ -86,7 +90,7 @@ def score_clips(
                         prefix = "" if title == "prediction" else f"{title}/"
                         for measure, values in measure_video(video[row], columns["target"][row]).items():
                             measures[prefix + measure] = values
-                yield ClipScore(index, str(name), measures, fps), shown
+                yield ClipScore(index, str(name), measures, fps, task), shown
     finally:
         loss.learning = learning
 
@@ -114,6 +118,16 @@ def means(scores: Iterable[ClipScore]) -> dict[str, float]:
     """Mean of each measure over the clips."""
     rows = [score.measures for score in scores]
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]} if rows else {}
+
+
+def means_by_task(scores: Sequence[ClipScore], metric: str) -> list[dict[str, Any]]:
+    """A row a task: {"task", "clips", the prediction's measures, "<column>/<metric>" of others}; [] without tasks."""
+    rows: list[dict[str, Any]] = []
+    for task in sorted({score.task for score in scores if score.task is not None}):
+        its = [score for score in scores if score.task == task]
+        chosen = {n: v for n, v in means(its).items() if "/" not in n or n.endswith(f"/{metric}")}
+        rows.append({"task": task, "clips": len(its), **chosen})
+    return rows
 
 
 def validate(
