@@ -39,3 +39,11 @@ def test_videos_have_all_columns_and_the_rate(tmp_path):
         assert (stream.width, float(stream.average_rate), stream.frames) == (4 * 48, 12.5, 3)
     with Image.open(tmp_path / "clip_0.5.png") as picture:
         assert picture.width == 3 * 48
+
+
+def test_a_single_frame_is_shown_as_a_picture(tmp_path):
+    still = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    assert show({"prediction": still}, tmp_path / "a", 8.0) == [tmp_path / "a.png"]
+    moving = {"prediction": still.repeat(2, 1, 1, 1)}
+    assert show(moving, tmp_path / "b", 8.0) == [tmp_path / "b.mp4", tmp_path / "b.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.mp4", "b.png"]

@@ -57,3 +57,11 @@ def test_a_pinned_purpose_has_one_value_and_the_others_stay():
     assert pinned.integers("timestep", 0, 1000).tolist() == [250, 250]
     assert pinned.to("cpu").uniform("timestep", 2).tolist() == [[250, 250], [250, 250]]
     assert torch.equal(pinned.normal("noise", 4), draws.normal("noise", 4))
+
+
+def test_generators_belong_to_their_samples():
+    both, one = Draws(3, [5, 9]).generators("steps"), Draws(3, [9]).generators("steps")
+    first, second = (torch.randn(4, generator=made) for made in both)
+    assert torch.equal(second, torch.randn(4, generator=one[0])) and not torch.equal(first, second)
+    other = Draws(3, [9]).generators("other")[0]
+    assert not torch.equal(second, torch.randn(4, generator=other))

@@ -5,7 +5,7 @@ from tests.toys import Denoise, Denoised, ToyDataset, ToyNetwork
 from vireo.data.stream import Stream
 from vireo.losses.objective import Objective
 from vireo.models.encoders import NoEncoder
-from vireo.validation import SEED, means, measure_video, score_clips, validate
+from vireo.validation import SEED, further_videos, means, means_by_task, measure_video, score_clips, validate
 
 CPU = torch.device("cpu")
 
@@ -84,3 +84,44 @@ def test_the_loss_is_the_mean_over_its_grid(network):
     stream = Stream(ToyDataset(side=16), SEED, shuffle=False)
     [(score, _)] = score_clips(network, NoEncoder(), Timed(), Denoised(), stream, [0], 1, CPU)
     assert score.measures["loss"] == 4.5
+
+
+def test_columns_for_the_eyes_are_not_scored(network):
+    class Looking(Denoised):
+        unscored = ("difference",)
+
+        def __call__(self, network, encoder, batch, draws):
+            columns = super().__call__(network, encoder, batch, draws)
+            return {**columns, "difference": columns["target"] - columns["prediction"]}
+
+    stream = Stream(ToyDataset(side=16), SEED, shuffle=False)
+    [(score, shown)] = score_clips(network, NoEncoder(), Denoise(), Looking(), stream, [0], 1, CPU)
+    assert "difference" in shown and not any(name.startswith("difference") for name in score.measures)
+
+
+def test_further_videos_of_each_clip(network):
+    class Offering(Denoised):
+        def videos(self, network, encoder, batch, draws):
+            return {"twice": {"prediction": (batch["frames"].float() / 255).repeat(1, 2, 1, 1, 1)}}
+
+    stream = Stream(ToyDataset(side=16), SEED, shuffle=False)
+    found = list(further_videos(network, NoEncoder(), Offering(), stream, [0, 1, 2], 2, CPU))
+    assert [(clip, title) for clip, title, _ in found] == [(0, "twice"), (1, "twice"), (2, "twice")]
+    frames = stream[(2, 0)]["frames"]
+    assert torch.equal(found[2][2]["prediction"], torch.cat([frames, frames]))
+    assert list(further_videos(network, NoEncoder(), Denoised(), stream, [0], 1, CPU)) == []
+
+
+def test_means_of_each_task(network):
+    class Kinds(ToyDataset):
+        def sample(self, index, draws):
+            return {**super().sample(index, draws), "task": ("move", "drop")[index % 2]}
+
+    stream = Stream(Kinds(side=16), SEED, shuffle=False)
+    found = [s for s, _ in score_clips(network, NoEncoder(), Denoise(), Denoised(), stream, [0, 1, 2], 2, CPU)]
+    drop, move = means_by_task(found, "psnr")
+    assert (drop["task"], drop["clips"], move["task"], move["clips"]) == ("drop", 1, "move", 2)
+    assert drop["psnr"] == found[1].measures["psnr"]
+    assert move["grey/psnr"] == pytest.approx(sum(found[i].measures["grey/psnr"] for i in (0, 2)) / 2)
+    assert "grey/ssim" not in move and "ssim" in move
+    assert means_by_task([score for score, _ in scores(network, 2)], "psnr") == []

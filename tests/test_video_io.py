@@ -14,7 +14,16 @@ from torch.utils.data import DataLoader
 from tests.data import videos
 from vireo import video_io
 from vireo.errors import UserError
-from vireo.video_io import BadVideoError, VideoReader, probe, read_image, side_by_side, write_grid, write_video
+from vireo.video_io import (
+    BadVideoError,
+    VideoReader,
+    probe,
+    read_image,
+    side_by_side,
+    write_grid,
+    write_row,
+    write_video,
+)
 
 HAS_DECORD = video_io._decord() is not None
 needs_decord = pytest.mark.skipif(not HAS_DECORD, reason="decord is not installed")
@@ -409,6 +418,14 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_row_of_stills(tmp_path):
+    inputs = torch.stack([torch.full((3, 16, 20), value, dtype=torch.uint8) for value in (10, 20, 30)])
+    write_row(tmp_path / "row.png", {"inputs": inputs, "target": inputs[:1] + 90})
+    row = read_image(tmp_path / "row.png")
+    assert row.shape[2] == 4 * 20
+    assert row[0, -16:, 10::20].unique(dim=0).tolist() == [[10, 20, 30, 100]]
 
 
 def test_side_by_side(tmp_path):

@@ -11,6 +11,7 @@ from vireo.losses.objective import Loss, Objective
 from vireo.models.network import Network
 from vireo.pixels import to_pixels
 from vireo.randomness import Draws
+from vireo.sampling.sampler import Sampler
 
 
 class ToyNetwork(Network):
@@ -75,7 +76,7 @@ class Denoise(Loss):
         return Objective(error, {"mse": error.detach()})
 
 
-class Denoised:
+class Denoised(Sampler):
     """Sampler of the toy recipe."""
 
     def __call__(self, network: nn.Module, encoder: object, batch: dict, draws: Draws) -> dict[str, Tensor]:

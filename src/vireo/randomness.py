@@ -58,6 +58,10 @@ class Draws:
         """One integer in [low, high) for the whole step, the same on every rank and for every sample."""
         return int(torch.randint(low, high, (), generator=generator(self.seed, purpose, ("step", self.step))))
 
+    def generators(self, purpose: str) -> list[torch.Generator]:
+        """One fresh CPU generator a sample, for what draws by itself, as diffusers' schedulers do. Not pinned."""
+        return [generator(self.seed, purpose, position) for position in self.positions]
+
     def to(self, device: str | torch.device) -> "Draws":
         return Draws(self.seed, self.positions, device, self.step).pinned(self.pins)
 

@@ -16,30 +16,9 @@ from vireo.metrics import measure_video
 from vireo.models.encoders import Encoder
 from vireo.pixels import to_uint8
 from vireo.randomness import Draws
+from vireo.sampling.sampler import Sampler
 
 SEED = "validation"  # validation draws the same numbers at every step of every run
-
-
-class Sampler(Protocol):
-    """Turns a batch into named videos: float pixels in [0, 1], (B, T, C, H, W)."""
-
-    def __call__(self, network: nn.Module, encoder: Encoder, batch: dict, draws: Draws) -> dict[str, Tensor]:
-        """Always with "prediction", with "target" where there is a truth; the rest is worth seeing beside them."""
-        ...
-
-    def baselines(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """What one gets without any network, in the same layout as "target"."""
-        ...
-
-    def measure(
-        self, network: nn.Module, encoder: Encoder, batch: dict, columns: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """What is measured beside whole frames (latents, a region): (B,) each; {} if nothing is.
-
-        columns: this sampler's, and its baselines. Names are "<measure>" or, for another column than the prediction,
-        "<column>/<measure>".
-        """
-        ...
 
 
 class Evaluation(Protocol):
@@ -63,12 +42,16 @@ class Evaluation(Protocol):
 
 
 class ClipScore(NamedTuple):
-    """The measures of one held-out clip: {"psnr": …, "mean colour/psnr": …, "loss": …}. fps: its own, if known."""
+    """The measures of one held-out clip: {"psnr": …, "mean colour/psnr": …, "loss": …}. fps: its own, if known.
+
+    task: the kind of clip that it is, where the data knows kinds.
+    """
 
     clip: int
     name: str
     measures: dict[str, float]
     fps: float | None = None
+    task: str | None = None
 
 
 @torch.no_grad()
@@ -87,34 +70,64 @@ def score_clips(
     The network is called with what the caller has set (evaluation mode, averaged weights). The loss does not learn.
     """
     learning, loss.learning = loss.learning, False
+    unscored = {"target", *sampler.unscored}
     try:
         for some in _batches(indices, batch_size):
             batch = stream.batch(some, device)
             draws = Draws(stream.seed, batch["position"], device)
             names = batch.get("name", [str(index) for index in some])
-            rates = batch.get("fps", [None] * len(some))
+            rates, tasks = (batch.get(field, [None] * len(some)) for field in ("fps", "task"))
             batch = encoder(batch, draws)
             totals = [loss(network, batch, draws.pinned(point)).total for point in loss.grid]
             columns = sampler(network, encoder, batch, draws)
             baselines = sampler.baselines(batch) if "target" in columns else {}
             figures = sampler.measure(network, encoder, batch, {**columns, **baselines})
-            for row, (index, name, fps) in enumerate(zip(some, names, rates, strict=True)):
+            for row, (index, name, fps, task) in enumerate(zip(some, names, rates, tasks, strict=True)):
                 shown = {title: to_uint8(video[row], low=0).cpu() for title, video in columns.items()}
                 measures = {"loss": float(sum(totals) / len(totals)), **{n: float(v[row]) for n, v in figures.items()}}
                 for title, video in {**columns, **baselines}.items():
-                    if "target" in columns and title != "target" and video.shape == columns["target"].shape:
+                    if title not in unscored and "target" in columns and video.shape == columns["target"].shape:
                         prefix = "" if title == "prediction" else f"{title}/"
                         for measure, values in measure_video(video[row], columns["target"][row]).items():
                             measures[prefix + measure] = values
-                yield ClipScore(index, str(name), measures, fps), shown
+                yield ClipScore(index, str(name), measures, fps, task), shown
     finally:
         loss.learning = learning
+
+
+@torch.no_grad()
+def further_videos(
+    network: nn.Module,
+    encoder: Encoder,
+    sampler: Sampler,
+    stream: Stream,
+    indices: Sequence[int],
+    batch_size: int,
+    device: torch.device,
+) -> Iterator[tuple[int, str, dict[str, Tensor]]]:
+    """The sampler's further videos of held-out clips: number of the clip, title, columns uint8 (T, C, H, W)."""
+    for some in _batches(indices, batch_size):
+        batch = stream.batch(some, device)
+        draws = Draws(stream.seed, batch["position"], device)
+        for title, columns in sampler.videos(network, encoder, encoder(batch, draws), draws).items():
+            for row, index in enumerate(some):
+                yield index, title, {name: to_uint8(video[row], low=0).cpu() for name, video in columns.items()}
 
 
 def means(scores: Iterable[ClipScore]) -> dict[str, float]:
     """Mean of each measure over the clips."""
     rows = [score.measures for score in scores]
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]} if rows else {}
+
+
+def means_by_task(scores: Sequence[ClipScore], metric: str) -> list[dict[str, Any]]:
+    """A row a task: {"task", "clips", the prediction's measures, "<column>/<metric>" of others}; [] without tasks."""
+    rows: list[dict[str, Any]] = []
+    for task in sorted({score.task for score in scores if score.task is not None}):
+        its = [score for score in scores if score.task == task]
+        chosen = {n: v for n, v in means(its).items() if "/" not in n or n.endswith(f"/{metric}")}
+        rows.append({"task": task, "clips": len(its), **chosen})
+    return rows
 
 
 def validate(

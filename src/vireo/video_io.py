@@ -206,6 +206,18 @@ def write_grid(path: str | Path, rows: Mapping[str, Tensor], columns: int = 8) -
         Image.fromarray(sheet).save(unfinished, format="PNG")
 
 
+def write_row(path: str | Path, columns: Mapping[str, Tensor]) -> None:
+    """A PNG of all frames of short clips in one row, each clip under its label.
+
+    columns: uint8 RGB clips (T, C, H, W) by label; a lower one is continued in black. Raises OSError if it cannot be
+    written.
+    """
+    frames = {label: torch.cat(list(clip), dim=-1)[None] for label, clip in columns.items()}  # (1, C, H, T W)
+    row = _pixels(side_by_side(frames))[0]
+    with _replacing(Path(path)) as unfinished:
+        Image.fromarray(row).save(unfinished, format="PNG")
+
+
 def side_by_side(columns: Mapping[str, Tensor]) -> Tensor:
     """One clip that shows several next to each other under their labels.
 

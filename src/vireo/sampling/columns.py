@@ -16,6 +16,8 @@ def columns(
 ) -> Iterator[dict[str, Tensor]]:
     """The sampler's columns and, where there is a truth, its baselines of one clip each: (T, C, H, W) in [0, 1].
 
+    Those that are for the eyes only are left out.
+
     sampler, stream, indices: as an evaluation is given them (`vireo.validation.Evaluation`). Everything is drawn as
     in validation, so these are the videos that it scores.
     """
@@ -26,7 +28,7 @@ def columns(
         made = sampler(network, encoder, batch, draws)
         if "target" in made:
             made = {**made, **sampler.baselines(batch)}
-        yield {name: video[0] for name, video in made.items()}
+        yield {name: video[0] for name, video in made.items() if name not in sampler.unscored}
 
 
 def scored(videos: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -11,9 +11,10 @@ from vireo.models.teachers import Teacher, compare_latents
 from vireo.pixels import to_pixels
 from vireo.randomness import Draws
 from vireo.sampling.reconstruction import Reconstruction
+from vireo.sampling.sampler import Sampler
 
 
-class FourPaths:
+class FourPaths(Sampler):
     """Each encoder before each decoder, beside the clip. Columns, float32 (B, K, 3, H, W) in [0, 1]:
 
     target: the clip's first K frames, K being what the tiny decoder gives back.

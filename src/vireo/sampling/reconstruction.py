@@ -1,7 +1,5 @@
 """An autoencoder's clips as they come back, beside the originals."""
 
-from collections.abc import Mapping
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,9 +8,10 @@ from vireo.models import taehv_variants
 from vireo.models.taehv import Mode
 from vireo.pixels import to_pixels
 from vireo.randomness import Draws
+from vireo.sampling.sampler import Sampler
 
 
-class Reconstruction:
+class Reconstruction(Sampler):
     """Encodes a clip and decodes the network's own latents.
 
     mode, chunk: how many frames are run at a time, see `TAEHV.encode`; "chunked" for long or large clips.
@@ -33,12 +32,6 @@ class Reconstruction:
         frames = to_pixels(batch["frames"], low=0.0)
         prediction = network(frames, mode=self.mode, chunk=self.chunk).frames.float().clamp(0, 1)
         return {"target": frames[:, : prediction.shape[1]], "prediction": prediction}
-
-    def measure(
-        self, network: nn.Module, encoder: object, batch: dict, columns: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Everything is seen in the pixels."""
-        return {}
 
     def baselines(self, batch: dict) -> dict[str, Tensor]:
         """What one gets without a network: each clip's mean colour; each frame at an eighth of its size and back."""

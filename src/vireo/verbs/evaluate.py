@@ -33,7 +33,7 @@ def main(words: Sequence[str]) -> int:
     clips = arguments.whole(given.own, "clips", None)
     from vireo import objects, report
     from vireo.data.stream import Stream
-    from vireo.validation import SEED, means, score_clips
+    from vireo.validation import SEED, means, means_by_task, score_clips
     from vireo.verbs import trained
 
     network, about = trained.network(given)
@@ -49,20 +49,29 @@ def main(words: Sequence[str]) -> int:
     scored = score_clips(network, encoder, loss, sampler, stream, indices, batch_size, device)
     scores, shown = _show_extremes(scored, settings, folder)
 
-    mean = means(scores)
+    mean, tasks = means(scores), means_by_task(scores, settings["metric"])
     rows = [{"clip": score.name, **_honest(score.measures)} for score in scores]
     found: dict[str, Any] = {"weights": about, "device": str(device), "clips": len(scores), "notes": NOTES}
-    found |= {"mean": mean, "each": rows, "shown": shown, "evaluations": {}, "missing": list(evaluations)}
+    found |= {
+        "mean": mean,
+        "tasks": tasks,
+        "each": rows,
+        "shown": shown,
+        "evaluations": {},
+        "missing": list(evaluations),
+    }
     write_json(folder / "metrics.json", found)
     report.write_csv(rows, folder / "metrics.csv")
     print(f"{len(scores)} held-out clips, weights: {about}\n\n{report.comparison(mean)}\n", flush=True)
+    if tasks:
+        print(f"by task\n{report.table(tasks)}\n", flush=True)
     for name, evaluation in evaluations.items():
         table = list(evaluation(network, encoder, sampler, stream, indices, device, folder))
         print(f"{name.replace('_', ' ')}\n{report.table(table)}\n", flush=True)
         found["evaluations"][name] = table
         found["missing"].remove(name)
         write_json(folder / "metrics.json", found)
-    print(f"each clip  {folder / 'metrics.json'}, metrics.csv\nvideos     {folder}/worst_*.mp4, best_*.mp4, also .png")
+    print(f"each clip  {folder / 'metrics.json'}, metrics.csv\nto look at {folder}/worst_*, best_*")
     return 0
 
 

@@ -1,6 +1,7 @@
 """vireo sample run=<run> [step=500] [clips=4] [weights=<file>] [out=<folder>] [paths.data=<other clips>]
 
-Show what a trained network makes of held-out clips: side-by-side videos and PNG grids.
+Show what a trained network makes of held-out clips: side-by-side videos and PNG grids, and the further videos that
+the recipe's sampler offers, such as roll-outs.
 Default folder: <run>/samples/by_hand.
 """
 
@@ -16,7 +17,7 @@ def main(words: Sequence[str]) -> int:
     from vireo import objects
     from vireo.comparison import show
     from vireo.data.stream import Stream
-    from vireo.validation import SEED, score_clips
+    from vireo.validation import SEED, further_videos, score_clips
     from vireo.verbs import trained
 
     network, about = trained.network(given)
@@ -26,18 +27,15 @@ def main(words: Sequence[str]) -> int:
     folder = Path(given.own.get("out", (given.folder or Path()) / "samples" / "by_hand"))
     folder.mkdir(parents=True, exist_ok=True)
     print(f"weights: {about}")
-    scores = score_clips(
-        network,
-        encoder,
-        objects.loss(given.settings),
-        objects.sampler(given.settings),
-        stream,
-        range(min(clips or 0, len(stream.dataset))),
-        given.settings["batch_size"],
-        trained.device(),
-    )
-    for score, columns in scores:
-        show(columns, folder / f"clip_{score.clip:03d}", given.settings["validation"]["fps"] or score.fps)
+    sampler, fps = objects.sampler(given.settings), given.settings["validation"]["fps"]
+    some = range(min(clips or 0, len(stream.dataset)))
+    batch_size, device = given.settings["batch_size"], trained.device()
+    loss, rates = objects.loss(given.settings), {}
+    for score, columns in score_clips(network, encoder, loss, sampler, stream, some, batch_size, device):
+        rates[score.clip] = fps or score.fps
+        written = show(columns, folder / f"clip_{score.clip:03d}", rates[score.clip])
         psnr = f"  {score.measures['psnr']:.2f} dB" if "psnr" in score.measures else ""
-        print(f"{folder / f'clip_{score.clip:03d}'}.mp4, .png  {score.name}{psnr}")
+        print(f"{', '.join(map(str, written))}  {score.name}{psnr}")
+    for clip, title, columns in further_videos(network, encoder, sampler, stream, some, batch_size, device):
+        print(*show(columns, folder / f"clip_{clip:03d}_{title}", rates[clip]), sep=", ")
     return 0

@@ -1,0 +1,43 @@
+"""From noise to latents: the loop over a diffusers scheduler's steps, with guidance."""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vireo.diffusion.guidance import TwoScaleGuidance
+
+
+def denoise(
+    predict: Callable[..., Tensor],
+    scheduler: Any,
+    noise: Tensor,
+    guidance: TwoScaleGuidance,
+    conditions: Mapping[str, Tensor],
+    num_inference_steps: int,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+    *,
+    eta: float = 0.0,
+    progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
+) -> Tensor:
+    """Latents (B, C, h, w), scaled as the network knows them.
+
+    predict: called once a step as predict(noisy, timesteps (passes * B,), **conditions), with one batch of all passes
+        that the guidance needs. conditions: from `guidance.conditions`.
+    scheduler: a diffusers scheduler; its state is set anew. noise: standard normal (B, C, h, w).
+    generator: for schedulers that draw at each step; one a sample makes a sample independent of its batch.
+    eta: for DDIM, 0 draws nothing and 1 is as noisy as DDPM; other schedulers have none.
+    progress: wraps the timesteps, to show how far the loop is.
+    """
+    scheduler.set_timesteps(num_inference_steps, device=noise.device)
+    known = inspect.signature(scheduler.step).parameters
+    generators = list(generator) if isinstance(generator, Sequence) else generator
+    options = {name: value for name, value in (("eta", eta), ("generator", generators)) if name in known}
+    latents = noise * scheduler.init_noise_sigma
+    for timestep in progress(scheduler.timesteps):
+        noisy = scheduler.scale_model_input(guidance.repeat(latents), timestep)
+        predictions = predict(noisy, timestep.expand(len(noisy)), **conditions)
+        latents = scheduler.step(guidance.combine(predictions), timestep, latents, **options, return_dict=False)[0]
+    return latents

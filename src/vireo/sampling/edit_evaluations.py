@@ -1,0 +1,171 @@
+"""Whether an editor uses what it is given, and how its errors add up when it goes on from its own frames."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vireo.errors import UserError
+from vireo.metrics import psnr
+from vireo.pixels import as_8_bit
+from vireo.randomness import Draws
+from vireo.sampling.edits import EditSampler
+
+TRUE, OTHER_TEXT, FROZEN = "prediction", "with another clip's text", "with the last frame as all history"
+
+
+class Counterfactuals:
+    """The same clips and noise with another clip's text, and with a history that stands still.
+
+    A network that reads the text is worse with a wrong one; one that looks at more than the last frame is worse without
+    the others. Rows: {"line", "psnr", "l1", "changed_l1", "changed_psnr", "note"}, means over the clips; see
+    `EditSampler.measure`. The sampler's other columns and baselines have rows too.
+
+    clips: how many of the held-out clips, from the first; each is sampled three times. None: all. batch_size: clips at
+    a time. A clip's other text is that of the next clip, in turn, whose text differs.
+    """
+
+    def __init__(self, clips: int | None = 32, batch_size: int = 4) -> None:
+        self.clips, self.batch_size = clips, batch_size
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        network: nn.Module,
+        encoder: Any,
+        sampler: Any,
+        stream: Any,
+        indices: Sequence[int],
+        device: torch.device,
+        folder: Path,
+    ) -> Sequence[Mapping[str, Any]]:
+        """See `vireo.validation.Evaluation`. Raises UserError for a sampler that is no EditSampler."""
+        editor = _editor(sampler)
+        indices = list(indices)[: self.clips]
+        others = dict(zip(indices, other_texts(texts(stream, indices)), strict=True))
+        found: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
+        for some, batch, draws in _batches(stream, indices, self.batch_size, device):
+            batch = encoder(batch, draws)
+            columns = {**editor(network, encoder, batch, draws), **editor.baselines(batch)}
+            if (wrong := [others[index] for index in some]) and None not in wrong:
+                told = encoder(_without_text(batch, encoder) | {"prompt": wrong}, draws)
+                columns[OTHER_TEXT] = editor.predict(network, encoder, told, draws)
+            history = batch["condition_latents"]
+            if history.shape[1] > 1:
+                still = {**batch, "condition_latents": history[:, -1:].expand_as(history)}
+                columns[FROZEN] = editor.predict(network, encoder, still, draws)
+            for line, measures in _figures(editor, network, encoder, batch, columns).items():
+                for measure, values in measures.items():
+                    found[line][measure].append(values)
+        if not found:
+            return []
+        rows = [
+            {"line": line, **{name: float(torch.cat(values).mean()) for name, values in measures.items()}, "note": ""}
+            for line, measures in found.items()
+        ]
+        missing = {OTHER_TEXT: "all clips have the same text", FROZEN: "the network sees a single frame"}
+        nothing = dict.fromkeys(next(iter(found.values())))
+        rows += [{"line": line, **nothing, "note": why} for line, why in missing.items() if line not in found]
+        return rows
+
+
+class RollOut:
+    """PSNR of each frame of a roll-out, beside that of holding the last known frame.
+
+    A clip has N + 1 frames, so a roll-out of K frames whose truth is known starts from N + 1 - K; the window's missing
+    ones are copies of the oldest, which is harder than what the network was trained on. num_frames: K, at most N.
+    Rows: {"frame", "prediction", "copy-last", "known_frames"}, dB, means over the clips. known_frames: N + 1 - K.
+
+    clips, batch_size: as for `Counterfactuals`.
+    """
+
+    def __init__(self, num_frames: int = 8, clips: int | None = 32, batch_size: int = 4) -> None:
+        if num_frames < 1:
+            raise UserError(f"a roll-out has at least one frame, got num_frames={num_frames}")
+        self.num_frames, self.clips, self.batch_size = num_frames, clips, batch_size
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        network: nn.Module,
+        encoder: Any,
+        sampler: Any,
+        stream: Any,
+        indices: Sequence[int],
+        device: torch.device,
+        folder: Path,
+    ) -> Sequence[Mapping[str, Any]]:
+        """See `vireo.validation.Evaluation`. Raises UserError for a sampler that is no EditSampler."""
+        editor, known = _editor(sampler), 0
+        found: dict[str, list[Tensor]] = {"prediction": [], "copy-last": []}
+        for _, batch, draws in _batches(stream, list(indices)[: self.clips], self.batch_size, device):
+            batch = encoder(batch, draws)
+            columns = editor.within(network, encoder, batch, draws, self.num_frames)
+            known = batch["frames"].shape[1] + 1 - columns["target"].shape[1]
+            for name, each in found.items():
+                # Each frame as a clip of its own: (B, K, 3, H, W) -> (B, K).
+                pair = (as_8_bit(columns[title]).flatten(0, 1)[:, None] for title in (name, "target"))
+                each.append(psnr(*pair).unflatten(0, columns["target"].shape[:2]))
+        if not found["prediction"]:
+            return []
+        means = {name: torch.cat(values).mean(dim=0).tolist() for name, values in found.items()}
+        steps = zip(*means.values(), strict=True)
+        return [
+            {"frame": number, **dict(zip(means, step, strict=True)), "known_frames": known}
+            for number, step in enumerate(steps, 1)
+        ]
+
+
+def texts(stream: Any, indices: Sequence[int]) -> list[str]:
+    """The instruction of each held-out clip; nothing is decoded for it."""
+    return [
+        stream.dataset.sample(stream.index(position), Draws(stream.seed, [position]))["prompt"] for position in indices
+    ]
+
+
+def other_texts(given: Sequence[str]) -> list[str | None]:
+    """For each text the next one, in turn, that differs from it; None where there is none."""
+    turned = [[*given[place + 1 :], *given[:place]] for place in range(len(given))]
+    return [next((text for text in rest if text != own), None) for own, rest in zip(given, turned, strict=True)]
+
+
+def _editor(sampler: Any) -> EditSampler:
+    if not isinstance(sampler, EditSampler):
+        raise UserError(
+            f"this evaluation needs vireo.sampling.edits.EditSampler as model.sampler, got {type(sampler).__name__}: "
+            "remove it from model.evaluations"
+        )
+    return sampler
+
+
+def _batches(
+    stream: Any, indices: Sequence[int], size: int, device: torch.device
+) -> Iterator[tuple[list[int], dict[str, Any], Draws]]:
+    for start in range(0, len(indices), size):
+        some = list(indices[start : start + size])
+        batch = stream.batch(some, device)
+        yield some, batch, Draws(stream.seed, batch["position"], device)
+
+
+def _without_text(batch: Mapping[str, Any], encoder: Any) -> dict[str, Any]:
+    """The batch without what was computed from its prompts, so that the encoder computes it anew."""
+    return {name: value for name, value in batch.items() if encoder.outputs.get(name) != "prompt"}
+
+
+def _figures(
+    editor: EditSampler, network: nn.Module, encoder: Any, batch: dict, columns: Mapping[str, Tensor]
+) -> dict[str, dict[str, Tensor]]:
+    """The measures (B,) of each column that can be compared with the target."""
+    target = columns["target"]
+    lines: dict[str, dict[str, Tensor]] = {}
+    for name, column in columns.items():
+        if name != "target" and name not in editor.unscored and column.shape == target.shape:
+            lines[name] = {"psnr": psnr(as_8_bit(column), target)}
+    for title, values in editor.measure(network, encoder, batch, columns).items():
+        line, _, measure = title.rpartition("/")
+        if measure != "changed_fraction":
+            lines[line or TRUE][measure] = values
+    return lines
