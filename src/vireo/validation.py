@@ -87,7 +87,7 @@ def score_clips(
     learning, loss.learning = loss.learning, False
     try:
         for some in _batches(indices, batch_size):
-            batch = collate([stream[(index, 0)] for index in some])
+            batch = collate(stream.samples([(index, 0) for index in some]))
             draws = Draws(SEED, batch["position"], device)
             names = batch.get("name", [str(index) for index in some])
             batch = encoder(to_device(batch, device), draws)

@@ -10,25 +10,40 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vireo.cache import literal
 from vireo.randomness import Draws
 
 
 class Encoder:
-    """Base of all encoders. `outputs` maps each cacheable output to the batch's field it is computed from."""
+    """Base of all encoders.
+
+    outputs: for each cacheable output the batch's field it is computed from, or a text in double quotes that all
+    samples share: {"null_prompt_embeds": '""'}. parts: names of the `functools.cached_property`s that load weights.
+    """
 
     outputs: dict[str, str] = {}
+    parts: tuple[str, ...] = ()
     device: torch.device = torch.device("cpu")
 
     def to(self, device: torch.device) -> None:
-        """Where parts are put when they are loaded, at their first use."""
+        """Where parts are put when they are loaded, at their first use; those that are loaded are let go."""
+        self.free()
         self.device = device
+
+    def free(self) -> None:
+        """Give back the memory of what is loaded; it is loaded again when it is used again."""
+        for name in (*self.parts, "_of_text"):
+            self.__dict__.pop(name, None)
 
     def identity(self, output: str) -> str:
         """Names what `encode(output, …)` computes, from configs and file hashes, without loading weights."""
         raise KeyError(f"{type(self).__name__} has no output {output!r}; it has {sorted(self.outputs)}")
 
     def encode(self, output: str, values: Any) -> Tensor:
-        """One cacheable output from its field's values, (B, …) -> (B, …); also (B, N, …)."""
+        """One cacheable output from its field's values, (B, …) -> (B, …); also (B, N, …). Draws nothing.
+
+        values: a tensor on the device, or texts.
+        """
         raise KeyError(f"{type(self).__name__} has no output {output!r}; it has {sorted(self.outputs)}")
 
     def condition(self, batch: dict[str, Any], draws: Draws) -> dict[str, Any]:
@@ -44,8 +59,22 @@ class Encoder:
     @torch.no_grad()
     def __call__(self, batch: dict[str, Any], draws: Draws) -> dict[str, Any]:
         """The batch with latents and conditions; outputs that are there already (from a cache) are not computed."""
-        missing = {o: self.encode(o, batch[field]) for o, field in self.outputs.items() if o not in batch}
-        return self.condition({**batch, **missing}, draws)
+        missing = {output: field for output, field in self.outputs.items() if output not in batch}
+        computed = {}
+        for output, field in missing.items():
+            text = literal(field)
+            if text is None:
+                computed[output] = self.encode(output, batch[field])
+            else:
+                computed[output] = self._shared(output, text, len(draws.positions))
+        return self.condition({**batch, **computed}, draws)
+
+    def _shared(self, output: str, text: str, samples: int) -> Tensor:
+        """An output that all samples share, computed once, as a view of (samples, …)."""
+        known: dict[str, Tensor] = self.__dict__.setdefault("_of_text", {})
+        if output not in known:
+            known[output] = self.encode(output, [text])
+        return known[output].expand(samples, *known[output].shape[1:])
 
 
 class NoEncoder(Encoder):
