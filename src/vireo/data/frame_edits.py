@@ -5,23 +5,23 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
-import PIL
 from torch import Tensor
 
 from vireo.data import edit_clips_arrow, edit_clips_conversion
 from vireo.data.edit_clips import NUM_FRAMES, EditClip, Frame, Listing, list_raw, metadata_file
 from vireo.data.listing import shortened
-from vireo.data.source import Source
+from vireo.data.source import Source, identify
 from vireo.data.transforms import centre_box, crop_and_resize, random_box
+from vireo.digests import file_digest
 from vireo.errors import UserError
 from vireo.randomness import Draws
-from vireo.video_io import BadVideoError, read_image
+from vireo.video_io import BadVideoError, decoder_version, read_image
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +87,7 @@ class FrameEdits:
         self.frames_root = None if frames_root is None else Path(frames_root).expanduser()
         self.listing = self._list()
         self.clips = self._chosen()
+        self._known: dict[tuple[str, str], dict[int, str | None]] = {}
         if self.listing.left_out and split == "train":  # once, not for each split
             left_out = shortened(self.listing.left_out)
             logger.warning("clips of %s that cannot be used are left out:\n%s", self.root, left_out)
@@ -203,14 +204,23 @@ class FrameEdits:
         return View(Draws(("crop variants", clip.name), [variant]), flipped, about)
 
     def _sources(self, clip: EditClip, view: "View") -> dict[str, Any]:
+        identities = self._identities(clip, view)
+
         def source(number: int) -> Source:
-            identity = None
-            if view.about is not None:
-                content = _read(partial(_digest, clip.frames[number]), clip, number)
-                identity = identify(content, decoder=f"pillow {PIL.__version__}", **view.about)
-            return Source(identity, partial(self._load, clip, number, view))
+            return Source(identities[number], partial(self._load, clip, number, view), f"{clip.name}/{number:02d}")
 
         return {"frames": [source(number) for number in self.condition_frames], "target": source(self.target_frame)}
+
+    def _identities(self, clip: EditClip, view: "View") -> Mapping[int, str | None]:
+        """Of the frames that are used, by number; each is hashed once in the life of this dataset."""
+        numbers = [*self.condition_frames, self.target_frame]
+        if view.about is None:
+            return dict.fromkeys(numbers)
+        known = self._known.setdefault((clip.name, json.dumps(view.about, sort_keys=True)), {})
+        for number in numbers if not known else ():
+            content = _read(partial(_digest, clip.frames[number]), clip, number)
+            known[number] = identify(content, decoder=decoder_version("pillow"), **view.about)
+        return known
 
     def _load(self, clip: EditClip, number: int, view: "View") -> Tensor:
         """uint8 RGB (3, height, width)."""
@@ -281,11 +291,6 @@ class View(NamedTuple):
     about: dict[str, Any] | None
 
 
-def identify(content: str, **decoding: Any) -> str:
-    """What names a decoded picture wherever its file lies: the hash of its bytes, and how it is decoded."""
-    return json.dumps({"content": content, **decoding}, sort_keys=True)
-
-
 def _layout_folder(root: Path) -> Path:
     """`root` or the folder in it, whichever holds clips. Raises UserError if none does."""
     for folder in (root, root / INSIDE):
@@ -322,13 +327,7 @@ def _read(read: Callable[[], T], clip: EditClip, number: int) -> T:
 
 
 def _digest(frame: Frame) -> str:
-    """blake2b of the frame's bytes, which are read again only if its file has changed."""
+    """Of the frame's bytes, the same for a picture in a file of its own and inside another one."""
     if frame.is_inside:
-        return _hashed(frame.read, 0, 0)
-    stat = frame.path.stat()
-    return _hashed(frame.read, stat.st_size, stat.st_mtime_ns)
-
-
-@lru_cache(maxsize=2**17)
-def _hashed(read: Callable[[], bytes], size: int, changed: int) -> str:
-    return hashlib.blake2b(read(), digest_size=16).hexdigest()
+        return hashlib.blake2b(frame.read(), digest_size=16).hexdigest()
+    return file_digest(frame.path)

@@ -175,8 +175,8 @@ def widen(unet: Any, num_condition_frames: int, source: str = "the UNet") -> Non
             "conv_in of %s: %d -> %d channels; of %d condition frames the last %d keep their weights, the rest is zero"
         )
         log.info(says, source, old.in_channels, weight.shape[1], num_condition_frames, kept)
-        like = {"device": weight.device, "dtype": weight.dtype}
-        unet.conv_in = nn.Conv2d(weight.shape[1], old.out_channels, old.kernel_size, padding=old.padding, **like)
+        wider = nn.Conv2d(weight.shape[1], old.out_channels, old.kernel_size, padding=old.padding, device="meta")
+        unet.conv_in = wider.to_empty(device=weight.device).to(weight.dtype)
         unet.conv_in.load_state_dict({"weight": weight, "bias": old.bias.detach()})
     # An attribute of the config would not be saved: the folder would say 8 and hold 84.
     unet.register_to_config(in_channels=weight.shape[1], num_frames=num_condition_frames)
