@@ -59,6 +59,10 @@ def stop_on_signals() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
+class Stopped(Exception):
+    """A signal asked to stop before the loop, which would have saved; the message says how to go on."""
+
+
 class TooManyFaults(RuntimeError):
     """A fault came so often that going on would waste the machine; the message says which, where and since when."""
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from vireo import config, weights
+from vireo.cache import Cache
 from vireo.data.stream import Dataset
 from vireo.distributed import Strategy
 from vireo.freezing import FreezePolicy
@@ -37,6 +38,14 @@ def dataset(settings: Settings, split: str) -> Dataset:
 
 def encoder(settings: Settings) -> Encoder:
     return config.instantiate(settings["model"]["encoder"])
+
+
+def cache(settings: Settings, encoder: Encoder) -> Cache | None:
+    """The encoder's part of the cache, if the run has one."""
+    node = settings["cache"]
+    if not node["enabled"]:
+        return None
+    return Cache.of(encoder, Path(node["folder"]).expanduser().absolute(), node["memory"])
 
 
 def loss(settings: Settings) -> Loss:

@@ -17,12 +17,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import av
 import numpy as np
+import PIL
 import torch
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from torch import Tensor
@@ -155,6 +157,23 @@ def probe(path: str | Path, folder_fps: float = 24.0) -> VideoInfo:
         return VideoInfo(video.num_frames, video.fps, height, width, decoder)
     finally:
         video.close()
+
+
+@cache
+def decoder_version(decoder: str) -> str:
+    """Name and version of what decodes, for identities of what is cached: "pillow 12.0.0".
+
+    decoder: "pillow" for pictures (also those in folders of frames), "pyav" or "decord" for video files, as `probe`
+    says. Raises UserError for another one.
+    """
+    match decoder:
+        case "pillow":
+            return f"pillow {PIL.__version__}"
+        case "pyav":
+            return f"pyav {av.__version__}, libavcodec {'.'.join(map(str, av.library_versions['libavcodec']))}"
+        case "decord":
+            return f"decord {metadata.version('decord')}"
+    raise UserError(f"the decoder is {decoder!r}, expected pillow, pyav or decord")
 
 
 def read_image(path: str | Path, content: bytes | None = None) -> Tensor:

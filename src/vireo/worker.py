@@ -21,8 +21,10 @@ from typing import Any
 from torch import Tensor
 
 from vireo import (
+    cache_filling,
     checkpoint,
     config,
+    digests,
     distributed,
     faults,
     memory,
@@ -33,6 +35,7 @@ from vireo import (
     tracking,
     weights,
 )
+from vireo.cache import Cache
 from vireo.console import Console
 from vireo.data.stream import Slices, Stream, collate, loader, to_device
 from vireo.ema import ExponentialMovingAverage
@@ -48,23 +51,26 @@ log = logging.getLogger("vireo.worker")  # its __name__ is __main__
 class Run:
     """The objects of one process of a run, and what is done with them between steps."""
 
-    def __init__(self, settings: dict[str, Any], folder: Path) -> None:
-        self.settings, self.folder = settings, folder
+    def __init__(self, settings: dict[str, Any], folder: Path, stop: faults.StopRequest) -> None:
+        self.settings, self.folder, self.stop = settings, folder, stop
         self.strategy = objects.strategy(settings)
         self.device = self.strategy.device
+        if settings["cache"]["verify"] == "bytes":
+            digests.distrust()
         self.dataset, self.held_out = objects.dataset(settings, "train"), objects.dataset(settings, "validation")
         self.encoder, self.loss, self.sampler = (
             objects.encoder(settings),
             objects.loss(settings),
             objects.sampler(settings),
         )
+        self.encoder.to(self.device)
+        self.cache = self._filled_cache()  # before the network takes its memory
         self.network, self.policy = objects.network(settings), objects.freeze_policy(settings)
         self.policy(self.network)
         groups = self.policy.groups(self.network, settings["lr"])
         self.optimizer = objects.optimizer(settings)(groups, lr=settings["lr"])
         self.wrapped = self.strategy.prepare(self.network, self.optimizer)
         self.policy.train_mode(self.network)
-        self.encoder.to(self.device)
         self.loss.to(self.device)
         self.average = ExponentialMovingAverage(self.network, settings["ema"]["decay"])
         self.save_failures = faults.SaveFailures(settings["faults"]["max_consecutive_save_failures"])
@@ -129,7 +135,27 @@ class Run:
             log.info("gradient_accumulation is %d now, the global batch stays %d", wanted // share, wanted)
             self.accumulation = wanted // share
 
-    def train(self, stop: faults.StopRequest) -> int:
+    def _filled_cache(self) -> Cache | None:
+        """The encoding cache with all that this run needs, if it is to have one. Raises faults.Stopped on request."""
+        cache, settings = objects.cache(self.settings, self.encoder), self.settings["cache"]
+        if cache is None:
+            return None
+        filled = cache_filling.fill(
+            cache,
+            {"train": self.dataset, "validation": self.held_out},
+            self.encoder,
+            config.cache_name(self.settings),
+            batch_size=settings["batch_size"],
+            workers=self.settings["loader"]["workers"],
+            timeout=self.settings["loader"]["timeout"],
+            thorough=settings["verify"] == "bytes",
+            stop=self.stop,
+        )
+        if filled.stopped:
+            raise faults.Stopped("stopped on request before the first step; the same command goes on from here")
+        return cache
+
+    def train(self) -> int:
         """From the newest checkpoint to the end of the run; returns the exit code."""
         settings, progress, self.stop = self.settings, self.resume(), stop
         if distributed.is_main():
@@ -172,7 +198,7 @@ class Run:
             log_every=settings["logging"]["every"],
             max_consecutive_skips=settings["faults"]["max_consecutive_skips"],
             max_bad_files=max(1, int(self.dataset.max_bad_fraction * len(self.dataset))),
-            stop=stop,
+            stop=self.stop,
             report=self.report,
             at_boundary=self.at_boundary,
         )
@@ -189,7 +215,7 @@ class Run:
             distributed.rank(),
             distributed.world_size(),
         )
-        stream = Stream(self.dataset, self.settings["seed"])
+        stream = Stream(self.dataset, self.settings["seed"], cache=self.cache)
         return iter(loader(stream, slices, **self.settings["loader"], pin=self.device.type == "cuda"))
 
     def report(self, step: int, figures: Mapping[str, float]) -> None:
@@ -244,7 +270,7 @@ class Run:
                 self.encoder,
                 self.loss,
                 self.sampler,
-                Stream(self.held_out, SEED, shuffle=False),
+                Stream(self.held_out, SEED, shuffle=False, cache=self.cache, keep_fields=True),
                 clips=settings["clips"],
                 batch_size=self.settings["batch_size"],
                 device=self.device,
@@ -317,9 +343,9 @@ class Run:
 
     def _check_network(self) -> None:
         """Let the encoder judge the network on a few samples; every rank sees the same ones."""
-        stream = Stream(self.dataset, SEED, shuffle=False)
+        stream = Stream(self.dataset, SEED, shuffle=False, cache=self.cache, keep_fields=True)
         places = range(min(self.settings["batch_size"], len(self.dataset)))
-        batch = collate([stream[(place, 0)] for place in places])
+        batch = collate(stream.samples([(place, 0) for place in places]))
         draws = Draws(SEED, batch["position"], self.device)
         self.network.eval()
         self.encoder.check_network(self.wrapped, self.encoder(to_device(batch, self.device), draws))
@@ -368,10 +394,13 @@ def _main(path: Path) -> int:
     settings, folder = config.load_resolved(path), path.parent
     try:
         with faults.stop_on_signals() as stop:
-            return Run(settings, folder).train(stop)
+            return Run(settings, folder, stop).train()
     except UserError as mistake:
         log.error("%s", mistake)
         return faults.EXIT_MISTAKE
+    except faults.Stopped as stopped:
+        log.info("%s", stopped)
+        return faults.EXIT_STOPPED
     except faults.TooManyFaults as fault:
         log.error("%s", fault)
         return faults.EXIT_FAULT

@@ -13,7 +13,7 @@ describe        help texts, a run's first lines
 
 from vireo.config.composition import compose, explain_mistakes, problems
 from vireo.config.describe import banner, describe_experiments, experiments, public
-from vireo.config.identity import config_hash, differences, run_folder, run_name
+from vireo.config.identity import cache_name, config_hash, differences, run_folder, run_name
 from vireo.config.instantiation import instantiate
 from vireo.config.problems import Problem, report
 from vireo.config.resolution import (
@@ -31,8 +31,8 @@ from vireo.config.search import conf_dir, register
 from vireo.config.validation import validate
 
 __all__ = [
-    "Problem", "banner", "change", "compose", "conf_dir", "config_hash", "describe_experiments", "differences",
-    "experiments", "explain_mistakes", "from_text", "instantiate", "load_resolved", "outputs_folder",
+    "Problem", "banner", "cache_name", "change", "compose", "conf_dir", "config_hash", "describe_experiments",
+    "differences", "experiments", "explain_mistakes", "from_text", "instantiate", "load_resolved", "outputs_folder",
     "problems", "public", "register", "report", "resolve", "run_folder", "run_name", "save_resolved", "settings",
     "settled", "to_text", "validate",
 ]  # fmt: skip

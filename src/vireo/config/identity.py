@@ -12,7 +12,7 @@ from typing import Any
 NOT_PART_OF_A_RUN = (
     "run", "resume", "preempt_at", "notes", "tags", "allow_changes", "allow_targets", "interpolations", "machine",
     "mini_of", "launcher", "strategy", "logging", "tracker", "validation", "checkpoint", "loader", "faults",
-    "paths.outputs", "model.sampler", "model.checks", "model.evaluations",
+    "cache", "paths.outputs", "model.sampler", "model.checks", "model.evaluations",
 )  # fmt: skip
 LENGTH = ("steps", "epochs")
 DIGITS = 8  # of the hash: 32 bits, for the few runs of one experiment
@@ -42,6 +42,14 @@ def run_name(overrides: Sequence[str], resolved: dict[str, Any]) -> str:
 def run_folder(resolved: dict[str, Any]) -> Path:
     """`<outputs>/<experiment>/<run>`."""
     return Path(resolved["paths"]["outputs"]) / resolved["experiment"] / resolved["run"]
+
+
+def cache_name(resolved: dict[str, Any]) -> str:
+    """The name of a composition in an encoding cache: shared by all configs with the same data and encoder."""
+    of_cache = ("data", "model.encoder", "paths.data", "paths.weights")
+    facts = {key: value for key, value in _facts(resolved).items() if _within(key, of_cache)}
+    digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=DIGITS // 2).hexdigest()
+    return f"{resolved['experiment']}-{resolved['size']}-{digest}"
 
 
 def named(resolved: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

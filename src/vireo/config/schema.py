@@ -29,6 +29,13 @@ class Precision(Enum):
     fp16 = "fp16"
 
 
+class Verify(Enum):
+    """How a file is known to be the one that was encoded: stat asks for size and times of change, bytes reads it."""
+
+    stat = "stat"
+    bytes = "bytes"
+
+
 def knob(
     meaning: str,
     default: Any = MISSING,
@@ -91,6 +98,15 @@ class Loader:
 
 
 @dataclass
+class Cache:
+    enabled: bool = knob("compute frozen encodings once and read them from then on", False)
+    folder: str = knob("where they are kept; may be shared by all runs of a machine", "${paths.outputs}/cache")
+    verify: Verify = knob("stat believes size and times of files; bytes reads files and entries anew", Verify.stat)
+    batch_size: int = knob("files or texts that are encoded at once before training", 8, at_least=1)
+    memory: int = knob("bytes of entries that each process keeps when it has read them", 2**29, at_least=0)
+
+
+@dataclass
 class Launcher:
     processes: int | str = knob("processes to start, or auto: one for each visible GPU", at_least=1)
     timeout: float = knob("seconds after which a collective that a process has left ends the run", above=0)
@@ -149,6 +165,7 @@ class Config:
     faults: Faults = some("how much may go wrong", Faults)
     logging: Logging = some("figures", Logging)
     loader: Loader = some("reading data", Loader)
+    cache: Cache = some("what frozen networks compute", Cache)
 
     model: Option = knob("network, encoder, sampler", None)
     data: Option = knob("the data set", None)

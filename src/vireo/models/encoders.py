@@ -5,12 +5,12 @@ cache (as posterior moments, never as samples). `condition` is what must be fres
 posterior, scaling, noising an image before it is encoded. Encoders are never wrapped, never trained, never saved.
 """
 
-import json
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vireo.cache import literal
 from vireo.randomness import Draws
 
 
@@ -44,7 +44,10 @@ class Encoder:
         raise KeyError(f"{type(self).__name__} has no output {output!r}; it has {sorted(self.outputs)}")
 
     def encode(self, output: str, values: Any) -> Tensor:
-        """One cacheable output from its field's values, (B, …) -> (B, …); also (B, N, …)."""
+        """One cacheable output from its field's values, (B, …) -> (B, …); also (B, N, …). Draws nothing.
+
+        values: a tensor on the device, or texts.
+        """
         raise KeyError(f"{type(self).__name__} has no output {output!r}; it has {sorted(self.outputs)}")
 
     def condition(self, batch: dict[str, Any], draws: Draws) -> dict[str, Any]:
@@ -76,11 +79,6 @@ class Encoder:
         if output not in known:
             known[output] = self.encode(output, [text])
         return known[output].expand(samples, *known[output].shape[1:])
-
-
-def literal(field: str) -> str | None:
-    """The text that stands in an encoder's `outputs` in place of a field, '"a text"'; None for a field's name."""
-    return json.loads(field) if field.startswith('"') else None
 
 
 class NoEncoder(Encoder):

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vireo.digests import file_digest
 from vireo.errors import UserError
 from vireo.models import saved_networks, teacher_lengths
 from vireo.models.encoders import Encoder
@@ -48,6 +49,8 @@ class Teacher(Encoder):
     seams would be taught. Raises UserError for a folder, class or file that does not suit.
     """
 
+    parts = ("loaded",)
+
     def __init__(
         self,
         family: str,
@@ -71,11 +74,6 @@ class Teacher(Encoder):
         if not _is_hub_id(vae):  # a mistake that a look at the folder shows is told now
             _ = self.files
 
-    def to(self, device: torch.device) -> None:
-        """Where the VAE is put when it is loaded; one that is loaded already is loaded anew."""
-        super().to(device)
-        self.__dict__.pop("loaded", None)
-
     def identity(self, output: str) -> str:
         """Of "target_latents": the VAE's config, the hash of its weights and the settings; no weights are loaded."""
         if output != "target_latents":
@@ -83,7 +81,7 @@ class Teacher(Encoder):
         config = {name: value for name, value in self.files.config.items() if name[:1] != "_"}
         digest = hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=16)
         for file in self.files.weights:
-            digest.update(_file_digest(file, file.stat().st_size, file.stat().st_mtime_ns))
+            digest.update(bytes.fromhex(file_digest(file)))
         name = self.files.config["_class_name"]
         return f"{name} {digest.hexdigest()} {self.latent_space} {self.posterior} {self.dtype}"
 
@@ -314,13 +312,3 @@ def _fetch(repository: str) -> Path:
         raise UserError(
             f"model.encoder.vae={repository} is no folder here, and the Hugging Face hub does not give it: {error}"
         ) from error
-
-
-@functools.lru_cache(maxsize=64)
-def _file_digest(file: Path, size: int, modified: int) -> bytes:
-    """Hash of a file's content, read once as long as its size and time of change stay the same."""
-    digest = hashlib.blake2b(digest_size=16)
-    with open(file, "rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.digest()

@@ -1,0 +1,306 @@
+"""Which encodings the datasets of a run can ask for, and computing those that the cache does not hold.
+
+All ranks share the work by key, files are decoded by loader workers, entries are written by threads. What is written
+stays, so a filling that was interrupted goes on where it stopped.
+"""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from vireo import cache_manifests, distributed, faults
+from vireo.cache import Cache, literal, text_identity, text_of
+from vireo.data.source import Source
+from vireo.data.stream import Dataset, start_worker
+from vireo.errors import UserError
+from vireo.models.encoders import Encoder
+from vireo.video_io import BadVideoError
+
+log = logging.getLogger(__name__)
+
+PROGRESS_EVERY = 10.0  # seconds
+WRITERS = 8  # threads: a file takes milliseconds to reach the disk, and eight at once hardly longer
+SHOWN = 5  # lines of a warning
+
+
+class Wanted(NamedTuple):
+    """One encoding that a dataset can ask for.
+
+    output: of the encoder, the first of those that share the encoding. source: its identity. name: for people. place:
+    split, index, field and number in `dataset.sources(index)[field]`; None for a text, whose identity says it all.
+    """
+
+    output: str
+    source: str
+    name: str
+    place: tuple[str, int, str, int] | None
+
+
+class Filled(NamedTuple):
+    """entries: how many there should be. encoded: how many were added. unreadable: what could not be decoded, and why.
+    stopped: whether it was asked to stop. All ranks together."""
+
+    entries: int
+    encoded: int
+    unreadable: list[str]
+    stopped: bool
+
+
+def wanted(cache: Cache, datasets: Mapping[str, Dataset]) -> dict[str, Wanted]:
+    """By key, everything cacheable that the splits {"train": …} can ask for, texts that all samples share first.
+
+    Nothing is decoded, and the cache's folder is not looked at.
+    """
+    found: dict[str, Wanted] = {}
+    outputs: dict[str, list[str]] = {}
+    for output, field in cache.outputs.items():
+        text = literal(field)
+        if text is None:
+            outputs.setdefault(field, []).append(output)
+        else:
+            found[cache.key(output, text_identity(text))] = Wanted(output, text_identity(text), repr(text), None)
+    for split, dataset in datasets.items():
+        for index in range(len(dataset)):
+            for field, sources in dataset.sources(index).items():
+                for number, source in enumerate(sources if field in outputs else ()):
+                    one = _of_source(source, (split, index, field, number))
+                    if one is not None:
+                        for output in outputs[field]:
+                            found.setdefault(cache.key(output, one.source), one._replace(output=output))
+    return found
+
+
+def _of_source(source: Source | str, place: tuple[str, int, str, int]) -> Wanted | None:
+    if isinstance(source, str):
+        return Wanted("", text_identity(source), repr(source), None)
+    if source.identity is None:
+        return None
+    split, index, field, _ = place
+    return Wanted("", source.identity, source.name or f"{field} of {split} {index}", place)
+
+
+def fill(
+    cache: Cache,
+    datasets: Mapping[str, Dataset],
+    encoder: Encoder,
+    name: str,
+    *,
+    batch_size: int,
+    workers: int = 0,
+    timeout: float = 300.0,
+    thorough: bool = False,
+    stop: faults.StopRequest | None = None,
+) -> Filled:
+    """Encode what the datasets can ask for and the cache does not hold; called by all ranks of a run.
+
+    name: of the manifest that says who needs these entries. batch_size: how many are encoded at once. workers, timeout:
+    of the loader. thorough: believe an entry that is there only after its checksum. stop: ends it after a batch.
+    The encoder's weights are loaded when there is something to encode, and freed afterwards.
+    Raises UserError, on all ranks, for an encoding that is not finite (it names the file) and for a folder that cannot
+    be written. Files that cannot be read are left out, with a warning: the stream replaces them.
+    """
+    entries = wanted(cache, datasets)
+    _write_manifest(cache, name, entries)
+    rank, world = distributed.rank(), distributed.world_size()
+    mine = [one for key, one in entries.items() if int(key[:8], 16) % world == rank]
+    missing = [one for one in mine if not cache.holds(one.output, one.source, thorough)]
+    total = sum(distributed.gather(len(missing)))
+    if not total:
+        return Filled(len(entries), 0, [], False)
+    if distributed.is_main():
+        log.info("encoding cache %s: %d of %d entries are missing", cache.folder, total, len(entries))
+    share = _Share(cache, encoder, datasets, missing, batch_size, workers, timeout)
+    began = told = time.monotonic()
+    flags = 0
+    with share.writers:
+        # The ranks keep step, so that all of them learn at once of a stop or a fault.
+        for _ in range(max(distributed.gather(share.turns))):
+            share.take_turn()
+            flags = distributed.vote((faults.STOP if stop else 0) | (faults.BAD_DATA if share.problem else 0))
+            if flags:
+                break
+            if time.monotonic() - told > PROGRESS_EVERY and distributed.is_main():
+                told, done = time.monotonic(), max(share.encoded, 1) * world
+                log.info("encoded about %d of %d, %.0f s left", done, total, (told - began) * (total / done - 1))
+        share.settle()
+    encoder.free()
+    _raise_on_all_ranks(share.problem)
+    reports = distributed.gather((share.encoded, share.unreadable))
+    encoded = sum(number for number, _ in reports)
+    unreadable = [reason for _, reasons in reports for reason in reasons]
+    if distributed.is_main():
+        log.info("encoding cache: %d entries added in %.0f s", encoded, time.monotonic() - began)
+        if unreadable:
+            more = [f"and {len(unreadable) - SHOWN} more"] if len(unreadable) > SHOWN else []
+            log.warning("not cached, since it cannot be read:\n  %s", "\n  ".join([*unreadable[:SHOWN], *more]))
+    return Filled(len(entries), encoded, unreadable, bool(flags & faults.STOP))
+
+
+def listed(cache: Cache, entries: Mapping[str, Wanted]) -> dict[str, cache_manifests.Listed]:
+    """The entries as a manifest lists them."""
+    return {
+        key: cache_manifests.Listed(one.output, one.name, cache.identities[one.output], one.source)
+        for key, one in entries.items()
+    }
+
+
+def _write_manifest(cache: Cache, name: str, entries: Mapping[str, Wanted]) -> None:
+    """Before the entries, so that nobody prunes them in the meantime."""
+    problem = None
+    if distributed.is_main():
+        try:
+            cache_manifests.write(cache.folder, name, listed(cache, entries))
+        except UserError as error:
+            problem = str(error)
+    _raise_on_all_ranks(problem)
+
+
+def _raise_on_all_ranks(problem: str | None) -> None:
+    problems = [problem for problem in distributed.gather(problem) if problem]
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+class _Unreadable(NamedTuple):
+    reason: str
+
+
+Decoded = Tensor | str | _Unreadable
+
+
+class _Share:
+    """What one rank encodes and writes, batch after batch; `problem` says why it cannot go on."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        encoder: Encoder,
+        datasets: Mapping[str, Dataset],
+        missing: Sequence[Wanted],
+        batch_size: int,
+        workers: int,
+        timeout: float,
+    ) -> None:
+        self.cache, self.encoder = cache, encoder
+        batches = _batches(missing, batch_size)
+        self.turns = len(batches)
+        self.batches = iter(_loader(datasets, missing, batches, min(workers, self.turns), timeout))
+        self.writers = ThreadPoolExecutor(WRITERS)
+        self.written: deque[Future] = deque()
+        self.encoded, self.unreadable = 0, list[str]()
+        self.problem: str | None = None
+
+    def take_turn(self) -> None:
+        """Encode one more batch, if there is one, and see to it that not too many wait to be written."""
+        try:
+            batch: list[tuple[Wanted, Decoded]] = next(self.batches, [])
+            self.unreadable += [value.reason for _, value in batch if isinstance(value, _Unreadable)]
+            for ones, values in _alike(batch, self.encoder.device):
+                encodings = _encode(self.encoder, ones, values)
+                self._wait(len(ones))
+                self.written += [
+                    self.writers.submit(self.cache.write, one.output, one.source, encoding, one.name)
+                    for one, encoding in zip(ones, encodings, strict=True)
+                ]
+        except UserError as error:
+            self.problem = str(error)
+
+    def settle(self) -> None:
+        """Wait until everything is written."""
+        try:
+            self._wait(0)
+        except UserError as error:
+            self.problem = self.problem or str(error)
+
+    def _wait(self, most: int) -> None:
+        """Wait until at most so many entries are not written yet."""
+        while len(self.written) > most:
+            try:
+                self.written.popleft().result()
+            except OSError as error:
+                raise UserError(
+                    f"the encoding cache in {self.cache.folder} cannot be written: {error.strerror}. Free some space "
+                    "or choose another folder with cache.folder=…; what is written stays"
+                ) from error
+            self.encoded += 1
+
+
+class _Undecoded(TorchDataset):
+    """The values of what is missing, decoded in the loader's workers."""
+
+    def __init__(self, datasets: Mapping[str, Dataset], missing: Sequence[Wanted]) -> None:
+        self.datasets, self.missing = datasets, missing
+
+    def __getitem__(self, number: int) -> tuple[Wanted, Decoded]:
+        one = self.missing[number]
+        if one.place is None:
+            return one, text_of(one.source)
+        split, index, field, place = one.place
+        source = self.datasets[split].sources(index)[field][place]
+        assert isinstance(source, Source)
+        try:
+            return one, source.load()
+        except BadVideoError as error:
+            return one, _Unreadable(str(error))
+
+
+def _batches(missing: Sequence[Wanted], size: int) -> list[list[int]]:
+    """Numbers of what is missing, in batches of one output each."""
+    batches = []
+    order = sorted(range(len(missing)), key=lambda number: missing[number].output)
+    for _, group in groupby(order, key=lambda number: missing[number].output):
+        numbers = list(group)
+        batches += [numbers[first : first + size] for first in range(0, len(numbers), size)]
+    return batches
+
+
+def _loader(
+    datasets: Mapping[str, Dataset],
+    missing: Sequence[Wanted],
+    batches: list[list[int]],
+    workers: int,
+    timeout: float,
+) -> DataLoader:
+    return DataLoader(
+        _Undecoded(datasets, missing),
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=list,
+        timeout=timeout if workers else 0,
+        worker_init_fn=start_worker,
+    )
+
+
+def _alike(
+    batch: Sequence[tuple[Wanted, Decoded]], device: torch.device
+) -> Iterator[tuple[list[Wanted], Tensor | list[str]]]:
+    """The parts of a batch that can be encoded at once: its texts as a list, its tensors by shape, on the device."""
+    parts: dict[Any, list[tuple[Wanted, Any]]] = {}
+    for one, value in batch:
+        if not isinstance(value, _Unreadable):
+            parts.setdefault(value.shape if isinstance(value, Tensor) else None, []).append((one, value))
+    for shape, pairs in parts.items():
+        ones, values = [one for one, _ in pairs], [value for _, value in pairs]
+        yield ones, values if shape is None else torch.stack(values).to(device)
+
+
+@torch.no_grad()
+def _encode(encoder: Encoder, ones: Sequence[Wanted], values: Tensor | list[str]) -> Tensor:
+    """The encodings on the CPU. Raises UserError that names the file if one is not finite."""
+    encodings = encoder.encode(ones[0].output, values).cpu()
+    for one, encoding in zip(ones, encodings, strict=True):
+        if not torch.isfinite(encoding).all():
+            raise UserError(
+                f"{one.name}: its {one.output} have values that are not finite, so nothing could be learnt from them. "
+                "Look at this file; an encoder in half precision can also overflow: choose another dtype for it"
+            )
+    return encodings

@@ -1,0 +1,173 @@
+"""Who needs which entries of a cache folder, why one is missing, and removing those that nobody needs.
+
+A manifest, `<folder>/manifests/<name>.json`, lists the entries of one composition of data and encoder. It is written
+before they are, so that an entry that no manifest lists is one that nobody asks for any more.
+"""
+
+import json
+import os
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from vireo import cache
+from vireo.errors import UserError
+
+UNFINISHED_AFTER = 3600.0  # seconds: an older unfinished file belongs to no process any more
+
+
+class Listed(NamedTuple):
+    """An entry in a manifest: what is encoded (output and the source's name) and the two identities in its key."""
+
+    output: str
+    name: str
+    encoder: str
+    source: str
+
+
+class Manifest(NamedTuple):
+    """The entries of one composition by key. file: where it lies; its time is that of its last use."""
+
+    file: Path
+    entries: dict[str, Listed]
+
+
+class Pruned(NamedTuple):
+    """Numbers and bytes of what was removed and of what stays."""
+
+    removed: int
+    removed_bytes: int
+    kept: int
+    kept_bytes: int
+
+
+def write(folder: Path, name: str, entries: Mapping[str, Listed]) -> Path:
+    """List what a composition needs, in place of what it needed when its files were others.
+
+    Raises UserError if the folder cannot be written.
+    """
+    file = folder / "manifests" / f"{name}.json"
+    text = _to_text(entries)
+    try:
+        if file.exists() and file.read_text(encoding="utf-8") == text:
+            os.utime(file)
+        else:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
+            unfinished.write_text(text, encoding="utf-8")
+            os.replace(unfinished, file)
+    except OSError as error:
+        raise UserError(
+            f"the encoding cache in {folder} cannot be written: {error.strerror}. Choose another folder with "
+            "cache.folder=…, or do without: cache=off"
+        ) from error
+    return file
+
+
+def read(folder: Path) -> list[Manifest]:
+    """All manifests of a folder, the last used first.
+
+    Raises UserError for one that cannot be read: nobody knows which entries it needs.
+    """
+    files = sorted((folder / "manifests").glob("*.json"), key=lambda file: -file.stat().st_mtime)
+    manifests = []
+    for file in files:
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            encoders = content["encoders"]
+            entries = {
+                key: Listed(output, name, encoders[encoder], source)
+                for key, (output, name, encoder, source) in content["entries"].items()
+            }
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{file} cannot be read ({type(error).__name__}: {error}), so which entries it needs is not known. "
+                "Delete it if its composition is not used any more; otherwise, cache=fill writes it anew"
+            ) from error
+        manifests.append(Manifest(file, entries))
+    return manifests
+
+
+def _to_text(entries: Mapping[str, Listed]) -> str:
+    encoders = sorted({one.encoder for one in entries.values()})
+    numbers = {encoder: number for number, encoder in enumerate(encoders)}
+    rows = {key: [one.output, one.name, numbers[one.encoder], one.source] for key, one in sorted(entries.items())}
+    return json.dumps({"encoders": encoders, "entries": rows}, indent=0, ensure_ascii=False)
+
+
+def prune(folder: Path) -> Pruned:
+    """Remove the entries that no manifest lists, and what killed processes have left unfinished.
+
+    Raises UserError, before anything is removed, for a manifest that cannot be read.
+    """
+    needed = set().union(*(manifest.entries for manifest in read(folder)))
+    removed: list[int] = []
+    kept: list[int] = []
+    for path in [*cache.entries(folder), *cache.unfinished(folder)]:
+        try:
+            status = path.stat()
+        except FileNotFoundError:  # finished, or removed by somebody else, in the meantime
+            continue
+        if path.name.startswith("."):
+            useless = time.time() - status.st_mtime > UNFINISHED_AFTER
+        else:
+            useless = path.stem not in needed
+        (removed if useless else kept).append(status.st_size)
+        if useless:
+            path.unlink(missing_ok=True)
+    return Pruned(len(removed), sum(removed), len(kept), sum(kept))
+
+
+def reasons(missing: Mapping[str, Listed], manifests: Sequence[Manifest]) -> dict[str, str]:
+    """For each entry that the cache lacks what is new about it, as far as manifests tell that were written before.
+
+    Compared is the nearest entry of the same output and name: "height 64 -> 128", "the file's content".
+    """
+    listed = set().union(*(manifest.entries for manifest in manifests))
+    namesakes: dict[tuple[str, str], list[Listed]] = defaultdict(list)
+    for manifest in manifests:
+        for one in manifest.entries.values():
+            namesakes[one.output, one.name].append(one)
+    found = {}
+    for key, one in missing.items():
+        changes = [_changes(other, one) for other in namesakes[one.output, one.name]]
+        if key in listed:
+            found[key] = "not encoded yet, or removed"
+        elif changes:
+            found[key] = ", ".join(min(changes, key=lambda change: len(change)))
+        else:
+            found[key] = "new"
+    return found
+
+
+def _changes(old: Listed, new: Listed) -> list[str]:
+    return differences("encoder", old.encoder, new.encoder) + differences("", old.source, new.source)
+
+
+def differences(prefix: str, old: str, new: str) -> list[str]:
+    """What differs between two identities, key by key where both are JSON mappings: ["height 64 -> 128"]."""
+    before, now = _facts(prefix, old), _facts(prefix, new)
+    found = []
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            shown = f"{name} {_shown(before.get(name))} -> {_shown(now.get(name))}"
+            found.append("the file's content" if name == "content" else shown)
+    return found
+
+
+def _facts(prefix: str, identity: str) -> dict[str, object]:
+    try:
+        content = json.loads(identity)
+    except ValueError:
+        content = identity
+    if not isinstance(content, dict):
+        return {prefix or "source": content}
+    return {f"{prefix} {name}".strip(): value for name, value in content.items()}
+
+
+def _shown(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
