@@ -137,7 +137,8 @@ def reasons(missing: Mapping[str, Listed], manifests: Sequence[Manifest]) -> dic
         if key in listed:
             found[key] = "not encoded yet, or removed"
         elif changes:
-            found[key] = ", ".join(min(changes, key=lambda change: len(change)))
+            nearest = min(changes, key=len)
+            found[key] = ", ".join(nearest)
         else:
             found[key] = "new"
     return found

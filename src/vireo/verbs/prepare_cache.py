@@ -5,13 +5,13 @@ with cache=on does before its first step), status says what is there, what is mi
 prune removes those that no recipe asks for any more.
 """
 
-import logging
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vireo import config
+from vireo.console import set_up_logging
 from vireo.errors import UserError
 from vireo.verbs.arguments import Arguments
 
@@ -61,8 +61,7 @@ def _fill(settings: dict[str, Any]) -> int:
 
     encoder, datasets, cache = _made(settings)
     encoder.to(trained.device())
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("vireo").setLevel(logging.INFO)
+    set_up_logging()
     began = time.monotonic()
     with faults.stop_on_signals() as stop:
         filled = cache_filling.fill(

@@ -1,0 +1,261 @@
+import multiprocessing
+import os
+import signal
+
+import pytest
+import torch
+
+from tests.caching import Latents, NeverLoaded, Pictures, cache_of, write_picture, write_pictures
+from vireo import cache, cache_filling, cache_manifests, digests, faults
+from vireo.cache import entries, text_identity
+from vireo.data.stream import Stream, collate
+from vireo.errors import UserError
+from vireo.randomness import Draws
+
+PICTURES, TEXTS = 5 * 4, 3  # "", "move 0", "move 1"
+
+
+@pytest.fixture(autouse=True)
+def own_user_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    digests._remembered.clear()
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write_pictures(tmp_path / "data")
+
+
+def splits(root, **options):
+    return {split: Pictures(str(root), split=split, **options) for split in ("train", "validation")}
+
+
+def fill(folder, datasets, encoder, **options):
+    """What was encoded: {output: how many}."""
+    filled = cache_filling.fill(cache_of(encoder, folder), datasets, encoder, "toy", **{"batch_size": 8, **options})
+    counts: dict[str, int] = {}
+    for output, number in encoder.encoded:
+        counts[output] = counts.get(output, 0) + number
+    assert filled.encoded == sum(counts.values())
+    return counts
+
+
+def test_everything_is_encoded_once_and_shared(tmp_path, data):
+    counts = fill(tmp_path / "cache", splits(data), Latents())
+    assert sum(counts[name] for name in ("frame_moments", "target_moments")) == PICTURES
+    assert counts["prompt_embeds"] + counts["null_prompt_embeds"] == TEXTS
+    assert len(list(entries(tmp_path / "cache"))) == PICTURES + TEXTS
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_second_filling_loads_and_decodes_nothing(tmp_path, data, workers):
+    fill(tmp_path / "cache", splits(data), Latents(), workers=workers)
+    datasets, encoder = splits(data), NeverLoaded()
+    assert fill(tmp_path / "cache", datasets, encoder, workers=workers) == {}
+    assert not datasets["train"].decoded and not datasets["validation"].decoded
+
+
+def test_values_are_those_of_the_encoder(tmp_path, data):
+    """Bitwise where they are computed in batches of the same shape."""
+    fill(tmp_path / "cache", splits(data), Latents(), batch_size=1)
+    dataset, encoder = splits(data)["train"], Latents()
+    store = cache_of(encoder, tmp_path / "cache")
+    for source in dataset.sources(0)["frames"]:
+        value = store.read("frame_moments", source.identity)
+        assert value.dtype == torch.float32
+        assert torch.equal(value, encoder.encode("frame_moments", source.load()[None])[0])
+
+
+def test_weights_are_freed_afterwards_and_work_again(tmp_path, data):
+    encoder = Latents()
+    fill(tmp_path / "cache", splits(data), encoder)
+    assert encoder.loads == 1 and "loaded" not in vars(encoder)
+    encoder.encode("prompt_embeds", ["a"])
+    assert encoder.loads == 2
+
+
+def test_a_changed_file_is_encoded_anew_and_nothing_else(tmp_path, data):
+    fill(tmp_path / "cache", splits(data), Latents())
+    write_picture(data / "1_2.raw", 222)
+    digests._remembered.clear()
+    assert fill(tmp_path / "cache", splits(data), Latents()) == {"frame_moments": 1}
+
+
+def test_a_changed_setting_encodes_all_pictures_and_no_text(tmp_path, data):
+    fill(tmp_path / "cache", splits(data), Latents())
+    counts = fill(tmp_path / "cache", splits(data, flip=True), Latents())
+    assert sum(counts.values()) == PICTURES and "prompt_embeds" not in counts
+    assert fill(tmp_path / "cache", splits(data), Latents()) == {}  # the old ones are still there
+
+
+def test_changed_weights_encode_what_they_make_anew(tmp_path, data):
+    weights = tmp_path / "weights"
+    weights.write_bytes(b"1")
+    fill(tmp_path / "cache", splits(data), Latents(str(weights)))
+    weights.write_bytes(b"22")
+    counts = fill(tmp_path / "cache", splits(data), Latents(str(weights)))
+    assert sum(counts.values()) == PICTURES and "prompt_embeds" not in counts
+
+
+def test_a_moved_folder_encodes_nothing(tmp_path, data):
+    fill(tmp_path / "cache", splits(data), Latents())
+    data.rename(tmp_path / "moved")
+    assert fill(tmp_path / "cache", splits(tmp_path / "moved"), NeverLoaded()) == {}
+
+
+def test_an_added_row_encodes_what_it_brings(tmp_path, data):
+    fill(tmp_path / "cache", splits(data), Latents())
+    for frame in range(4):
+        write_picture(data / f"0a_{frame}.raw", 240 + frame)
+    assert sum(fill(tmp_path / "cache", splits(data), Latents()).values()) == 4
+
+
+def test_damaged_entries_are_made_anew(tmp_path, data, caplog):
+    fill(tmp_path / "cache", splits(data), Latents())
+    short, flipped, *_ = sorted(entries(tmp_path / "cache"))
+    short.write_bytes(short.read_bytes()[:-3])
+    flipped.write_bytes(flipped.read_bytes()[:-1] + b"\x7f")
+    assert sum(fill(tmp_path / "cache", splits(data), Latents()).values()) == 1 and "counts as missing" in caplog.text
+    assert sum(fill(tmp_path / "cache", splits(data), Latents(), thorough=True).values()) == 1
+    assert all(cache.verify(path) for path in entries(tmp_path / "cache"))
+
+
+def test_a_killed_filling_goes_on_where_it_stopped(tmp_path, data):
+    def fill_and_die():
+        original = cache_filling.Cache.write
+        written = []
+
+        def write(self, *arguments):
+            original(self, *arguments)
+            written.append(arguments)
+            if len(written) == 9:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        cache_filling.Cache.write = write
+        fill(tmp_path / "cache", splits(data), Latents(), batch_size=2)
+
+    process = multiprocessing.get_context("fork").Process(target=fill_and_die)
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    there = len(list(entries(tmp_path / "cache")))
+    assert 9 <= there < PICTURES + TEXTS
+    assert sum(fill(tmp_path / "cache", splits(data), Latents()).values()) == PICTURES + TEXTS - there
+
+
+def test_a_request_to_stop_is_heard_between_batches(tmp_path, data):
+    stop, encoder = faults.StopRequest(), Latents()
+    stop.signal = signal.SIGTERM
+    filled = cache_filling.fill(
+        cache_of(encoder, tmp_path / "cache"), splits(data), encoder, "toy", batch_size=2, stop=stop
+    )
+    assert filled.stopped and 0 < filled.encoded == len(list(entries(tmp_path / "cache"))) <= 2
+
+
+def test_two_processes_fill_at_once(tmp_path, data):
+    def child(number):
+        fill(tmp_path / "cache", splits(data), Latents(), batch_size=2)
+        os._exit(0)
+
+    processes = [multiprocessing.get_context("fork").Process(target=child, args=(n,)) for n in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    paths = list(entries(tmp_path / "cache"))
+    assert len(paths) == PICTURES + TEXTS and all(cache.verify(path) for path in paths)
+    assert fill(tmp_path / "cache", splits(data), NeverLoaded()) == {}
+
+
+def test_ranks_share_the_work(tmp_path, data, monkeypatch):
+    """Two ranks, one after the other: no rank encodes what is another's."""
+    alone = len(cache_filling.wanted(cache_of(Latents(), tmp_path), splits(data)))
+    encoded = []
+    for rank in range(2):
+        monkeypatch.setattr(cache_filling.distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(cache_filling.distributed, "world_size", lambda: 2)
+        encoded.append(sum(fill(tmp_path / "cache", splits(data), Latents()).values()))
+    assert sum(encoded) == alone == PICTURES + TEXTS and min(encoded) > 0
+
+
+def test_files_that_cannot_be_read_are_left_out_with_a_warning(tmp_path, data, caplog):
+    (data / "1_2.raw").write_bytes(b"short")
+    encoder = Latents()
+    filled = cache_filling.fill(cache_of(encoder, tmp_path / "cache"), splits(data), encoder, "toy", batch_size=8)
+    assert filled.encoded == PICTURES + TEXTS - 1 and len(filled.unreadable) == 1
+    assert "1_2.raw: is cut off" in caplog.text
+
+
+def test_an_encoding_that_is_not_finite_names_the_file(tmp_path, data):
+    class Overflowing(Latents):
+        def encode(self, output, values):
+            encoded = super().encode(output, values)
+            return encoded / 0 if output == "target_moments" else encoded
+
+    encoder = Overflowing()
+    with pytest.raises(UserError, match=r"\d_3.raw: its target_moments have values that are not finite"):
+        cache_filling.fill(cache_of(encoder, tmp_path / "cache"), splits(data), encoder, "toy", batch_size=8)
+    assert "loaded" not in vars(encoder)
+
+
+def test_a_full_disk_is_told(tmp_path, data, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cache_filling.Cache, "write", full)
+    encoder = Latents()
+    with pytest.raises(UserError, match="cannot be written: No space left on device"):
+        cache_filling.fill(cache_of(encoder, tmp_path / "cache"), splits(data), encoder, "toy", batch_size=8)
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path, data):
+    (tmp_path / "file").write_text("")
+    encoder = Latents()
+    with pytest.raises(UserError, match="cannot be written.*cache=off"):
+        cache_filling.fill(cache_of(encoder, tmp_path / "file"), splits(data), encoder, "toy", batch_size=8)
+
+
+def test_random_sources_are_not_cached(tmp_path, data):
+    class Random(Pictures):
+        def source(self, file):
+            return super().source(file).__class__(None, lambda: self.decode(file))
+
+    assert sum(fill(tmp_path / "cache", {"train": Random(str(data))}, Latents()).values()) == TEXTS
+
+
+def test_an_encoder_without_outputs_has_nothing_to_fill(tmp_path, data):
+    class Nothing(Latents):
+        outputs = {}
+
+    assert fill(tmp_path / "cache", splits(data), Nothing()) == {}
+
+
+def test_pictures_of_different_sizes_are_encoded_apart(tmp_path, data):
+    class Growing(Pictures):
+        def decode(self, file):
+            frame = super().decode(file)
+            return frame[:, :4] if file.name.startswith("1") else frame
+
+    counts = fill(tmp_path / "cache", {"train": Growing(str(data))}, Latents(), batch_size=100)
+    assert sum(counts.values()) == 3 * 4 + TEXTS
+
+
+def test_a_batch_from_the_cache_equals_the_encoders(tmp_path, data):
+    fill(tmp_path / "cache", splits(data), Latents())
+    dataset = splits(data)["train"]
+    batches = []
+    for encoder, store in ((NeverLoaded(), cache_of(Latents(), tmp_path / "cache")), (Latents(), None)):
+        batch = collate(Stream(dataset, 0, cache=store).samples([(position, 0) for position in range(3)]))
+        batches.append(encoder(batch, Draws(0, batch["position"])))
+    for name in (*Latents.outputs, "latents"):
+        torch.testing.assert_close(batches[0][name], batches[1][name], rtol=1e-5, atol=1e-5)
+
+
+def test_the_manifest_lists_what_is_wanted(tmp_path, data):
+    fill(tmp_path / "cache", splits(data), Latents())
+    (manifest,) = cache_manifests.read(tmp_path / "cache")
+    assert manifest.entries.keys() == {path.stem for path in entries(tmp_path / "cache")}
+    names = {one.name for one in manifest.entries.values()}
+    assert {"0_0.raw", "4_3.raw", "'move 1'", "''"} <= names
+    assert text_identity("move 1") in {one.source for one in manifest.entries.values()}
