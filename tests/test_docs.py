@@ -55,6 +55,7 @@ GROUPS = {
     "schedule": "the learning rate over time",
     "freeze-policy": "which parameters learn, by pattern; its node is `freeze_policy`",
     "adapter": "what is added to the network",
+    "cache": "whether frozen encodings are computed once and kept, see [The encoding cache](cache.md)",
     "strategy": "how one model is spread over processes",
     "launcher": "where processes run",
     "tracker": "where figures are shown beside `metrics.jsonl`",

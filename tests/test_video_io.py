@@ -1,5 +1,6 @@
 import os
 import pickle
+import re
 import resource
 import signal
 import sys
@@ -464,3 +465,12 @@ def test_real_clips(decoder):
         with VideoReader(path) as video:
             assert (len(video), video.fps, video.height, video.width) == (49, 8, 480, 720)
             assert torch.equal(video.get([48, 3, 20]), expected[[48, 3, 20]])
+
+
+def test_decoders_have_a_version_for_identities():
+    assert video_io.decoder_version("pillow").startswith("pillow ")
+    assert re.fullmatch(r"pyav \S+, libavcodec \d+\.\d+\.\d+", video_io.decoder_version("pyav"))
+    if HAS_DECORD:
+        assert re.fullmatch(r"decord \S+", video_io.decoder_version("decord"))
+    with pytest.raises(UserError, match="expected pillow, pyav or decord"):
+        video_io.decoder_version("opencv")

@@ -157,7 +157,7 @@ class Run:
 
     def train(self) -> int:
         """From the newest checkpoint to the end of the run; returns the exit code."""
-        settings, progress, self.stop = self.settings, self.resume(), stop
+        settings, progress = self.settings, self.resume()
         if distributed.is_main():
             metrics_file = tracking.MetricsFile(self.folder / "metrics.jsonl", progress.step)
             self.log = tracking.Log(metrics_file, objects.tracker(settings))

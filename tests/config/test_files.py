@@ -41,6 +41,7 @@ def test_experiments_compose_validate_and_resolve(experiment, size, full):
         *[[f"schedule={name}"] for name in ("constant", "cosine", "linear")],
         *[[f"freeze-policy={name}"] for name in ("all", "decoder", "encoder", "unet", "unet_text_encoder")],
         *[[f"tracker={name}"] for name in ("none", "tensorboard", "wandb")],
+        *[[f"cache={name}"] for name in ("on", "off")],
         ["strategy=single"],
         ["optimizer=adamw"],
         ["optimizer=adamw_8bit"],
@@ -52,6 +53,14 @@ def test_experiments_compose_validate_and_resolve(experiment, size, full):
 )
 def test_other_options_validate_too(words):
     assert config.problems(words) == []
+
+
+def test_the_cache_is_switched_by_its_group_and_off_by_default():
+    """`on` and `off` are words here, not the truth values that YAML reads them as."""
+    assert config.settings(["cache=on"])["cache"]["enabled"] is True
+    assert config.settings(["cache=off"])["cache"]["enabled"] is config.settings([])["cache"]["enabled"] is False
+    outputs = config.settings(["paths.outputs=/runs"])
+    assert outputs["cache"]["folder"] == "/runs/cache"
 
 
 def test_freeze_policy_is_chosen_with_a_hyphen_and_changed_with_an_underscore():

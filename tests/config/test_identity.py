@@ -37,6 +37,7 @@ def test_hash_leaves_out_what_does_not_shape_the_result():
     words = ["run=name", "resume=none", "notes=text", "tags=[a]", "allow_changes=[lr]", "allow_targets=[x]"]
     words += ["launcher.processes=1", "launcher.timeout=5", "strategy=single", "logging.every=1", "tracker=none"]
     words += ["validation.every=7", "checkpoint.every=7", "loader.workers=0", "faults.max_consecutive_skips=2"]
+    words += ["cache=on", "cache.folder=elsewhere", "cache.memory=0"]
     words += ["paths.outputs=elsewhere", "+model.sampler.chunk=2", "~model.checks", "size=mini"]
     words += ["lr=0.0005", "ema.decay=0.90", "data.flip=0.50"]  # as they are anyway
     assert digest(*words) == digest()

@@ -1,6 +1,6 @@
 import torch
-
 from tests.caching import Latents, NeverLoaded
+
 from vireo.models.encoders import NoEncoder
 from vireo.randomness import Draws
 
