@@ -158,7 +158,14 @@ def test_no_boolean_where_text_is_meant(path):
         for inner, hint in typing.get_type_hints(node).items()
         if hint is bool
     }
-    known = {*schema_bools, "_partial_", "find_unused_parameters", "job.chdir", "network.gradient_checkpointing"}
+    known = {
+        *schema_bools,
+        "enabled",
+        "_partial_",
+        "find_unused_parameters",
+        "job.chdir",
+        "network.gradient_checkpointing",
+    }
     for key, value in leaves(content(path)):
         assert not isinstance(value, bool) or key in known, f"{key} is {value}"
         assert not isinstance(key, bool)
