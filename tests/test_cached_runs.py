@@ -122,9 +122,11 @@ def test_the_cache_does_not_shape_a_run():
 
 
 def test_compositions_with_other_data_or_encoders_have_other_manifests():
-    names = {config.cache_name(config.settings(words)) for words in ([], ["height=32"], ["model=taehv_cogvideox"])}
+    words = ([], ["height=32"], ["model=taehv_wan"])
+    names = {config.cache_name(config.settings(["experiment=taehv", *more])) for more in words}
     assert len(names) == 3
-    assert config.cache_name(config.settings(["lr=1", "seed=3"])) == config.cache_name(config.settings([]))
+    other = config.settings(["experiment=taehv", "lr=1", "seed=3"])
+    assert config.cache_name(other) in names
 
 
 # ------------------------------------------------------------------ vireo prepare cache=…

@@ -110,7 +110,7 @@ class Stream(TorchDataset):
 
     def batch(self, positions: Sequence[int], device: torch.device) -> dict[str, Any]:
         """The samples at these positions, at step 0, collated and on the device: for held-out clips."""
-        return to_device(collate(self.__getitems__([(position, 0) for position in positions])), device)
+        return to_device(collate(self.samples([(position, 0) for position in positions])), device)
 
     def index(self, position: int, attempt: int = 0) -> int:
         """The dataset entry at a position; `attempt` > 0 gives its substitutes."""
