@@ -28,13 +28,13 @@ def vireo(monkeypatch, capfd):
 def given(tmp_path):
     """The words of a composition that reads edits below tmp_path/raw."""
     root = edits.write(tmp_path / "raw")
-    return ["experiment=taehv", "data=frame_edits", "size=mini", f"paths.data={root}"]
+    return ["experiment=ip2p_video", "size=mini", f"paths.data={root}"]
 
 
 def test_prepare_then_check(vireo, given, tmp_path):
     code, said = vireo("prepare", *given, f"out={tmp_path / 'made'}")
     assert code == 0 and "5 of 5 clips kept (train 3, val 1, test 1), 0 left out" in said
-    code, said = vireo("check", *given[:3], f"paths.data={tmp_path / 'made'}")
+    code, said = vireo("check", *given[:2], f"paths.data={tmp_path / 'made'}")
     assert code == 0 and "input_frames: " in said and "length=20" in said and "clips          3" in said
     assert "drop_object 1, move_object 1" in said
 
@@ -63,10 +63,10 @@ def test_a_new_split_follows_the_seed(vireo, given, tmp_path):
 def test_check_fails_for_a_dataset_whose_frames_are_gone(vireo, given, tmp_path):
     assert vireo("prepare", *given)[0] == 0
     shutil.rmtree(tmp_path / "raw" / edits.NAMES[4])
-    code, said = vireo("check", *given[:3], f"paths.data={tmp_path / 'raw_arrow'}")
+    code, said = vireo("check", *given[:2], f"paths.data={tmp_path / 'raw_arrow'}")
     assert code == 2 and "no clip of the split test can be used" in said
     shutil.rmtree(tmp_path / "raw")
-    code, said = vireo("check", *given[:3], f"paths.data={tmp_path / 'raw_arrow'}")
+    code, said = vireo("check", *given[:2], f"paths.data={tmp_path / 'raw_arrow'}")
     assert code == 2 and "are not where it says" in said
 
 
@@ -96,7 +96,7 @@ def test_the_mini_world_to_look_at(vireo, tmp_path, monkeypatch):
     code, said = vireo("prepare", "mini", f"out={out}", "clips=3")
     assert code == 0 and f"3 clips to train on, 4 held out: {out}" in said
     assert len(json.loads((out / "metadata.json").read_text())) == 7
-    code, said = vireo("check", "experiment=taehv", "data=frame_edits", "size=mini", f"paths.data={out}")
+    code, said = vireo("check", "experiment=ip2p_image", "size=mini", f"paths.data={out}")
     assert code == 0, said
     for words in (["clips=3"], [f"out={out}", "clip=3"]):
         code, said = vireo("prepare", "mini", *words)
