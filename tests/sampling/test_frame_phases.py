@@ -8,12 +8,13 @@ from tests.toys import ToyDataset
 from vireo.data.stream import Stream
 from vireo.models.encoders import NoEncoder
 from vireo.sampling.frame_phases import FramePhases
+from vireo.sampling.sampler import Sampler
 
 CPU = torch.device("cpu")
 ERRORS = {0: 0.5, 1: 0.1, 2: 0.2, 3: 0.1, 4: 0.05, 5: 0.1, 6: 0.2, 7: 0.1, 8: 0.05}  # by frame
 
 
-class Faulty:
+class Faulty(Sampler):
     """A sampler that errs by ERRORS; its baseline is everywhere 0.25 off."""
 
     def __call__(self, network, encoder, batch, draws):
