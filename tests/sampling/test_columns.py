@@ -7,7 +7,8 @@ from tests.toys import Denoise, Denoised, ToyDataset, ToyNetwork
 from vireo.data.stream import Stream
 from vireo.metrics import measure_video
 from vireo.models.encoders import NoEncoder
-from vireo.sampling.columns import columns, scored
+from vireo.pixels import as_8_bit
+from vireo.sampling.columns import Remembered, columns, scored
 from vireo.validation import SEED, score_clips
 
 CPU = torch.device("cpu")
@@ -23,6 +24,35 @@ def test_the_videos_are_those_that_validation_scores():
         assert videos["target"].shape == (2, 3, 16, 16)
         figures = measure_video(videos["prediction"], videos["target"])
         assert figures == pytest.approx({name: score.measures[name] for name in figures}, rel=1e-5)
+
+
+def test_videos_are_made_once(tmp_path):
+    torch.manual_seed(0)
+    network, stream = ToyNetwork().eval(), Stream(ToyDataset(side=16), SEED, shuffle=False)
+    calls = []
+
+    class Counting(Denoised):
+        def __call__(self, network, encoder, batch, draws):
+            calls.append(draws.positions)
+            return super().__call__(network, encoder, batch, draws)
+
+    class Encoder(NoEncoder):
+        def condition(self, batch, draws):
+            assert draws.positions in ([0, 1, 2], [3]), "what is remembered needs no encoding"
+            return batch
+
+    remembered = Remembered(Counting(), tmp_path)
+    scores = score_clips(network, NoEncoder(), Denoise(), remembered, stream, [0, 1, 2], 3, CPU)
+    plain = score_clips(network, NoEncoder(), Denoise(), Denoised(), stream, [0, 1, 2], 3, CPU)
+    assert [score for score, _ in scores] == [score for score, _ in plain]
+    for _ in range(2):
+        made = list(columns(network, Encoder(), remembered, stream, [2, 3, 0], CPU))
+        expected = list(columns(network, NoEncoder(), Denoised(), stream, [2, 3, 0], CPU))
+        for videos, fresh in zip(made, expected, strict=True):
+            assert list(videos) == list(fresh) == ["target", "prediction", "grey"]
+            for name in videos:
+                torch.testing.assert_close(as_8_bit(videos[name]), as_8_bit(fresh[name]), rtol=0, atol=1e-7)
+    assert calls == [[0, 1, 2], [3]]
 
 
 def test_only_columns_of_the_targets_shape_are_compared():

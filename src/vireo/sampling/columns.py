@@ -1,13 +1,54 @@
-"""What a sampler shows of held-out clips, one after the other, for evaluations that look at every column."""
+"""What a sampler shows of held-out clips, made once, for evaluations that look at every column."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vireo.models.encoders import Encoder
+from vireo.pixels import to_pixels, to_uint8
 from vireo.randomness import Draws
+
+
+class Remembered:
+    """A sampler that makes each clip's videos once, though scoring and several evaluations ask for them.
+
+    sampler: the recipe's. folder: where the videos are kept, in 8 bits, which is all that is measured and shown of
+    them: T x C x H x W bytes a column and clip. For one network and one stream of clips, whose positions are the key.
+    """
+
+    def __init__(self, sampler: Any, folder: Path) -> None:
+        self.sampler, self.folder = sampler, folder
+        self.names: list[str] = []  # in the sampler's order, which files do not keep
+
+    def knows(self, positions: Sequence[int]) -> bool:
+        """Whether the videos of all these positions are there, so that the batch need not be encoded."""
+        return all(self._file(position).exists() for position in positions)
+
+    def __call__(self, network: nn.Module, encoder: Encoder, batch: dict, draws: Draws) -> dict[str, Tensor]:
+        if self.knows(draws.positions):
+            kept = [load_file(self._file(position)) for position in draws.positions]
+            return {n: to_pixels(torch.stack([k[n] for k in kept]), low=0.0).to(draws.device) for n in self.names}
+        columns = self.sampler(network, encoder, batch, draws)
+        self.names = list(columns)
+        for row, position in enumerate(draws.positions):
+            videos = {name: to_uint8(video[row], low=0.0).cpu().contiguous() for name, video in columns.items()}
+            save_file(videos, self._file(position))
+        return columns
+
+    def baselines(self, batch: dict) -> dict[str, Tensor]:
+        return self.sampler.baselines(batch)
+
+    def measure(
+        self, network: nn.Module, encoder: Encoder, batch: dict, columns: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        return self.sampler.measure(network, encoder, batch, columns)
+
+    def _file(self, position: int) -> Path:
+        return self.folder / f"{position}.safetensors"
 
 
 @torch.no_grad()
@@ -19,19 +60,20 @@ def columns(
     Those that are for the eyes only are left out.
 
     sampler, stream, indices: as an evaluation is given them (`vireo.validation.Evaluation`). Everything is drawn as
-    in validation, so these are the videos that it scores.
+    in validation, so these are the videos that it scores; what is remembered is not made again.
     """
     for index in indices:
         batch = stream.batch([index], device)
         draws = Draws(stream.seed, batch["position"], device)
-        batch = encoder(batch, draws)
+        if not (isinstance(sampler, Remembered) and sampler.knows(draws.positions)):
+            batch = encoder(batch, draws)
         made = sampler(network, encoder, batch, draws)
         if "target" in made:
             made = {**made, **sampler.baselines(batch)}
         yield {name: video[0] for name, video in made.items() if name not in sampler.unscored}
 
 
-def scored(videos: dict[str, Tensor]) -> dict[str, Tensor]:
+def scored(videos: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The columns that can be compared with the target: those of its shape."""
     target = videos.get("target")
     if target is None:

@@ -9,6 +9,7 @@ in model.evaluations. Default folder: <run>/evaluation.
 import heapq
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from vireo.errors import UserError
@@ -33,6 +34,7 @@ def main(words: Sequence[str]) -> int:
     clips = arguments.whole(given.own, "clips", None)
     from vireo import objects, report
     from vireo.data.stream import Stream
+    from vireo.sampling.columns import Remembered
     from vireo.validation import SEED, means, means_by_task, score_clips
     from vireo.verbs import trained
 
@@ -46,31 +48,32 @@ def main(words: Sequence[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     indices = range(len(stream.dataset) if clips is None else min(clips, len(stream.dataset)))
     loss, batch_size = objects.loss(given.settings), given.settings["batch_size"]
-    scored = score_clips(network, encoder, loss, sampler, stream, indices, batch_size, device)
-    scores, shown = _show_extremes(scored, settings, folder)
-
-    mean, tasks = means(scores), means_by_task(scores, settings["metric"])
-    rows = [{"clip": score.name, **_honest(score.measures)} for score in scores]
-    found: dict[str, Any] = {"weights": about, "device": str(device), "clips": len(scores), "notes": NOTES}
-    found |= {
-        "mean": mean,
-        "tasks": tasks,
-        "each": rows,
-        "shown": shown,
-        "evaluations": {},
-        "missing": list(evaluations),
-    }
-    write_json(folder / "metrics.json", found)
-    report.write_csv(rows, folder / "metrics.csv")
-    print(f"{len(scores)} held-out clips, weights: {about}\n\n{report.comparison(mean)}\n", flush=True)
-    if tasks:
-        print(f"by task\n{report.table(tasks)}\n", flush=True)
-    for name, evaluation in evaluations.items():
-        table = list(evaluation(network, encoder, sampler, stream, indices, device, folder))
-        print(f"{name.replace('_', ' ')}\n{report.table(table)}\n", flush=True)
-        found["evaluations"][name] = table
-        found["missing"].remove(name)
+    with TemporaryDirectory() as videos:
+        sampler = Remembered(sampler, Path(videos)) if evaluations else sampler
+        scored = score_clips(network, encoder, loss, sampler, stream, indices, batch_size, device)
+        scores, shown = _show_extremes(scored, settings, folder)
+        mean, tasks = means(scores), means_by_task(scores, settings["metric"])
+        rows = [{"clip": score.name, **_honest(score.measures)} for score in scores]
+        found: dict[str, Any] = {"weights": about, "device": str(device), "clips": len(scores), "notes": NOTES}
+        found |= {
+            "mean": mean,
+            "tasks": tasks,
+            "each": rows,
+            "shown": shown,
+            "evaluations": {},
+            "missing": list(evaluations),
+        }
         write_json(folder / "metrics.json", found)
+        report.write_csv(rows, folder / "metrics.csv")
+        print(f"{len(scores)} held-out clips, weights: {about}\n\n{report.comparison(mean)}\n", flush=True)
+        if tasks:
+            print(f"by task\n{report.table(tasks)}\n", flush=True)
+        for name, evaluation in evaluations.items():
+            table = list(evaluation(network, encoder, sampler, stream, indices, device, folder))
+            print(f"{name.replace('_', ' ')}\n{report.table(table)}\n", flush=True)
+            found["evaluations"][name] = table
+            found["missing"].remove(name)
+            write_json(folder / "metrics.json", found)
     print(f"each clip  {folder / 'metrics.json'}, metrics.csv\nto look at {folder}/worst_*, best_*")
     return 0
 
