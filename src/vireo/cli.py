@@ -10,7 +10,7 @@ from vireo.errors import UserError
 VERBS = {
     "train": "train a recipe (the same as python train.py)",
     "check": "look at this machine, or at a recipe's config and data",
-    "prepare": "convert a recipe's raw data, or write the demonstration's to look at",
+    "prepare": "convert a recipe's raw data, fill its cache, or write the demonstration's data",
     "sample": "show what a trained network makes of held-out clips",
     "evaluate": "measure a trained network, or foreign weights, beside naive baselines",
     "export": "write what the ecosystem reads, from any checkpoint",

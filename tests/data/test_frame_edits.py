@@ -209,6 +209,11 @@ def test_a_broken_frame_is_named_and_another_sample_taken(root, tmp_path):
     frame.unlink()
     with pytest.raises(BadVideoError, match="frame 13 of train/cover_object/video_01: there is no such picture"):
         loaded(edited.sample(2, draws()))
+    anew = FrameEdits(root, 20, 8, 8)
+    anew.clips = edited.clips  # was there when the dataset was made, but has never been looked at
+    for _ in range(2):
+        with pytest.raises(BadVideoError, match="frame 13 of train/cover_object/video_01: there is no such picture"):
+            anew.sample(2, draws())
     stream = Stream(edited, seed=0)
     samples = [stream[(position, 0)] for position in range(3)]
     assert {sample["name"] for sample in samples} <= set(edits.NAMES[:2])

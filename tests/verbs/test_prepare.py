@@ -9,6 +9,7 @@ from tests.data import edits, videos
 
 from vireo import cli
 from vireo.mini import frame_edits, world
+from vireo.verbs import prepare_cache
 
 
 @pytest.fixture
@@ -88,6 +89,14 @@ def test_data_that_need_no_preparation_say_so(vireo, tmp_path):
         videos.write_flat(tmp_path / "clips" / f"{name}.mp4", 9)
     code, said = vireo("prepare", "experiment=taehv", "size=mini", f"paths.data={tmp_path / 'clips'}")
     assert code == 2 and "vireo.data.clips.Clips is read as it is, there is nothing to prepare" in said
+
+
+def test_what_is_about_the_cache_is_left_to_it(vireo, given, monkeypatch):
+    asked = []
+    monkeypatch.setattr(prepare_cache, "main", lambda arguments, action: asked.append((arguments, action)) or 7)
+    assert vireo("prepare", *given, "cache=status", "seed=5")[0] == 7
+    [(arguments, action)] = asked
+    assert action == "status" and arguments.settings["seed"] == 5
 
 
 def test_the_mini_world_to_look_at(vireo, tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -18,7 +18,7 @@ from vireo.data.edit_clips import NUM_FRAMES, EditClip, Frame, Listing, list_raw
 from vireo.data.listing import shortened
 from vireo.data.source import Source, identify
 from vireo.data.transforms import centre_box, crop_and_resize, random_box
-from vireo.digests import file_digest
+from vireo.digests import file_digest, file_digests
 from vireo.errors import UserError
 from vireo.randomness import Draws
 from vireo.video_io import BadVideoError, decoder_version, read_image
@@ -87,7 +87,7 @@ class FrameEdits:
         self.frames_root = None if frames_root is None else Path(frames_root).expanduser()
         self.listing = self._list()
         self.clips = self._chosen()
-        self._known: dict[tuple[str, str], dict[int, str | None]] = {}
+        self._known: dict[tuple[str, str], list[str]] = {}
         if self.listing.left_out and split == "train":  # once, not for each split
             left_out = shortened(self.listing.left_out)
             logger.warning("clips of %s that cannot be used are left out:\n%s", self.root, left_out)
@@ -204,23 +204,22 @@ class FrameEdits:
         return View(Draws(("crop variants", clip.name), [variant]), flipped, about)
 
     def _sources(self, clip: EditClip, view: "View") -> dict[str, Any]:
-        identities = self._identities(clip, view)
-
-        def source(number: int) -> Source:
-            return Source(identities[number], partial(self._load, clip, number, view), f"{clip.name}/{number:02d}")
-
-        return {"frames": [source(number) for number in self.condition_frames], "target": source(self.target_frame)}
-
-    def _identities(self, clip: EditClip, view: "View") -> Mapping[int, str | None]:
-        """Of the frames that are used, by number; each is hashed once in the life of this dataset."""
         numbers = [*self.condition_frames, self.target_frame]
+        *frames, target = (
+            Source(identity, partial(self._load, clip, number, view), f"{clip.name}/{number:02d}")
+            for number, identity in zip(numbers, self._identities(clip, view, numbers), strict=True)
+        )
+        return {"frames": frames, "target": target}
+
+    def _identities(self, clip: EditClip, view: "View", numbers: Sequence[int]) -> Sequence[str | None]:
+        """Of these frames, which are hashed once in the life of this dataset."""
         if view.about is None:
-            return dict.fromkeys(numbers)
-        known = self._known.setdefault((clip.name, json.dumps(view.about, sort_keys=True)), {})
-        for number in numbers if not known else ():
-            content = _read(partial(_digest, clip.frames[number]), clip, number)
-            known[number] = identify(content, decoder=decoder_version("pillow"), **view.about)
-        return known
+            return [None] * len(numbers)
+        key = (clip.name, json.dumps(view.about, sort_keys=True))
+        if key not in self._known:
+            decoding = {"decoder": decoder_version("pillow"), **view.about}
+            self._known[key] = [identify(content, **decoding) for content in _digests(clip, numbers)]
+        return self._known[key]
 
     def _load(self, clip: EditClip, number: int, view: "View") -> Tensor:
         """uint8 RGB (3, height, width)."""
@@ -324,6 +323,16 @@ def _read(read: Callable[[], T], clip: EditClip, number: int) -> T:
     except OSError as error:
         reason = error.strerror or str(error)
     raise BadVideoError(path, f"frame {number:02d} of {clip.name}: {reason}")
+
+
+def _digests(clip: EditClip, numbers: Sequence[int]) -> list[str]:
+    """Hashes of the bytes of these frames, all files in one go. Raises BadVideoError that names the frame."""
+    frames = [clip.frames[number] for number in numbers]
+    try:
+        known = file_digests([frame.path for frame in frames if not frame.is_inside])
+    except OSError:  # asked one by one, the frame is known
+        return [_read(partial(_digest, clip.frames[number]), clip, number) for number in numbers]
+    return [_digest(frame) if frame.is_inside else known[str(frame.path)] for frame in frames]
 
 
 def _digest(frame: Frame) -> str:

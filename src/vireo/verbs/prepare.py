@@ -1,9 +1,13 @@
 """vireo prepare experiment=<recipe> [out=<folder>] [strict=true] [resplit=0.1] [any override]
+vireo prepare experiment=<recipe> cache=fill|status|verify|prune [any override]
 vireo prepare mini out=<folder> [clips=480]
 
 Convert a recipe's raw data into what it reads best. Entries that cannot be used are left out and reported; strict=true
 refuses them. resplit=0.1 holds a tenth of the entries out, by `seed`, in place of the split that the data have.
 A dataset's class takes part by a static method `prepare`, which gets what it names of its node's values and of these.
+
+cache=… is about the encodings of frozen networks: fill computes what is missing, status says what is there, verify
+reads every entry, prune removes those that no recipe asks for any more.
 
 `prepare mini` writes the edited clips of the demonstration, in the raw layout, to look at or to train on: `clips` is
 the number of those for training.
@@ -27,7 +31,11 @@ KINDS = {"out": (str, "a folder"), "strict": (bool, "true or false"), "resplit":
 def main(words: Sequence[str]) -> int:
     if list(words[:1]) == ["mini"]:
         return _mini(words[1:])
-    given = arguments.read(words, OWN)
+    given = arguments.read(words, (*OWN, "cache"))
+    if "cache" in given.own:
+        from vireo.verbs import prepare_cache
+
+        return prepare_cache.main(given, given.own["cache"])
     own = {name: _value(name, text) for name, text in given.own.items()}
     if given.settings["size"] == "mini":
         from vireo.mini import world
