@@ -1,0 +1,227 @@
+"""python benchmarks/ip2p.py [--quick]
+
+What the encoding cache is worth to InstructPix2Pix for video, on the mini world's small networks (the arithmetic of the
+real ones is counted, not run): a training step with cached encodings against one that encodes, and against a bare loop
+on tensors in memory; preparing the cache against decoding and encoding alone; starting with a full cache.
+
+Every comparison alternates between the two in this process; loading happens in it too, so that CPU time counts it.
+"""
+
+import argparse
+import itertools
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from paired import paired, verdict
+from vireo import cache_filling, config, distributed, faults, objects
+from vireo.cache import Cache
+from vireo.data.stream import Slices, Stream, loader
+from vireo.distributed import Replicated
+from vireo.ema import ExponentialMovingAverage
+from vireo.mini import world
+from vireo.training import Progress, train
+
+STEPS = 5  # of one round
+WORDS = ["experiment=ip2p_video", "tracker=none", "loader.workers=0"]
+
+
+# -------------------------------------------------------------------------------------------------------- arithmetic
+
+
+def arithmetic(side: int) -> None:
+    """Operations of a sample's step with the real shapes: counted on tensors without memory."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(in_channels=84, cross_attention_dim=768, attention_head_dim=8)
+        vae = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=2,
+        )
+        latent, text = torch.randn(1, 84, side // 8, side // 8), torch.randn(1, 77, 768)
+        encode = _count(lambda: vae.encode(torch.randn(1, 3, side, side)))
+        step = _count(lambda: unet(latent, torch.tensor([1]), text).sample.sum().backward())
+    share = 21 * encode / (21 * encode + step)
+    print(
+        f"Stable Diffusion 1.5 at {side} pixels, a sample: 21 encodings {21 * encode / 1e12:.2f} T, UNet forward and "
+        f"backward {step / 1e12:.2f} T: {share:.0%} of a step is saved, it becomes {1 / (1 - share):.1f} times cheaper"
+    )
+
+
+def _count(work: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+# ------------------------------------------------------------------------------------------------------------- steps
+
+
+class Loop:
+    """Rounds of the experiment's steps through vireo's loop, going on where the last one ended."""
+
+    def __init__(self, settings: dict[str, Any], dataset: Any, encoder: Any, cache: Cache | None) -> None:
+        self.settings, self.encoder = settings, encoder
+        self.stream = Stream(dataset, settings["seed"], cache=cache)
+        self.network, policy = objects.network(settings), objects.freeze_policy(settings)
+        policy(self.network)
+        self.optimizer = objects.optimizer(settings)(policy.groups(self.network, settings["lr"]), lr=settings["lr"])
+        self.strategy = Replicated(precision="fp32")
+        self.wrapped = self.strategy.prepare(self.network, self.optimizer)
+        self.average = ExponentialMovingAverage(self.network, settings["ema"]["decay"])
+        self.loss, self.schedule = objects.loss(settings), objects.schedule(settings)
+        self.batches = self._batches()
+        self.step = 0
+
+    def _batches(self) -> Iterator[dict[str, Any]]:
+        slices = Slices(0, 0, 10**6, self.settings["batch_size"], 1, 0, 1)
+        return iter(loader(self.stream, slices, workers=0))
+
+    def __call__(self) -> None:
+        base = [group["lr"] for group in self.optimizer.param_groups]
+        self.step = train(
+            self.wrapped,
+            self.encoder,
+            self.loss,
+            self.batches,
+            self.optimizer,
+            self.schedule,
+            self.strategy,
+            self.average,
+            seed=0,
+            progress=Progress(self.step, self.step * self.settings["batch_size"], 0),
+            steps=self.step + STEPS,
+            batch_size=self.settings["batch_size"],
+            accumulation=1,
+            max_grad_norm=1.0,
+            log_every=10,
+            max_consecutive_skips=10,
+            max_bad_files=1,
+            stop=faults.StopRequest(),
+            report=lambda step, figures: None,
+            at_boundary=lambda progress, last: None,
+        ).step
+        for group, rate in zip(self.optimizer.param_groups, base, strict=True):
+            group["lr"] = rate  # the loop takes what it finds for the base rate
+
+
+def bare(settings: dict[str, Any], dataset: Any, cache: Cache, samples: int) -> Callable[[], None]:
+    """The same step in a bare loop: encodings stacked in memory beforehand, torch's own randomness, no vote, no guard."""
+    network, batch_size = objects.network(settings), settings["batch_size"]
+    schedule = objects.loss(settings).noise_schedule
+    optimizer = torch.optim.AdamW(network.parameters(), lr=settings["lr"], fused=True)
+    average = [parameter.detach().clone() for parameter in network.parameters()]
+    rows = Stream(dataset, 0, cache=cache).samples([(position, 0) for position in range(samples)])
+    held = {name: torch.stack([row[name] for row in rows]) for name in cache.outputs}
+
+    def run() -> None:
+        for _ in range(STEPS):
+            which = torch.randint(samples, (batch_size,))
+            mean, log_variance = held["target_moments"][which].chunk(2, dim=1)
+            clean = (mean + (log_variance / 2).exp() * torch.randn_like(mean)) * 0.73
+            conditions, text = held["frame_moments"][which].chunk(2, dim=2)[0], held["prompt_embeds"][which]
+            drop = torch.rand(batch_size)
+            text = torch.where((drop < 0.1).view(-1, 1, 1), held["null_prompt_embeds"][which], text)
+            conditions = conditions * ~((drop >= 0.05) & (drop < 0.15)).view(-1, 1, 1, 1, 1)
+            noise, timesteps = torch.randn_like(clean), torch.randint(1000, (batch_size,))
+            noisy = schedule.add_noise(clean, noise, timesteps)
+            prediction = network(noisy, timesteps, condition_latents=conditions, prompt_embeds=text)
+            F.mse_loss(prediction, schedule.target(clean, noise, timesteps)).backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                torch._foreach_lerp_(average, list(network.parameters()), 0.005)
+
+    return run
+
+
+# ------------------------------------------------------------------------------------------------------- preparation
+
+
+class Some:
+    """The first clips of a dataset."""
+
+    def __init__(self, dataset: Any, first: int, number: int) -> None:
+        self.dataset, self.first, self.number = dataset, first, number
+
+    def __len__(self) -> int:
+        return self.number
+
+    def sources(self, index: int) -> dict:
+        return self.dataset.sources(self.first + index)
+
+
+def fill(cache: Cache, dataset: Any, encoder: Any, batch_size: int) -> None:
+    cache_filling.fill(cache, {"train": dataset}, encoder, "benchmark", batch_size=batch_size)
+
+
+def pure(dataset: Some, encoder: Any, batch_size: int) -> None:
+    """Decode and encode the same clips, and forget the result."""
+    sources = [s for i in range(len(dataset)) for f in ("frames", "target") for s in dataset.sources(i)[f]]
+    with torch.no_grad():
+        for first in range(0, len(sources), batch_size):
+            pictures = torch.stack([source.load() for source in sources[first : first + batch_size]])
+            encoder.encode("target_moments", pictures)
+
+
+def preparation(settings: dict[str, Any], dataset: Any, encoder: Any, pairs: int, clips: int) -> None:
+    batch_size, firsts = settings["cache"]["batch_size"], itertools.count(0, clips)
+    with tempfile.TemporaryDirectory() as folder:
+
+        def prepare() -> None:
+            some = Some(dataset, next(firsts) % (len(dataset) - clips), clips)
+            fill(Cache.of(encoder, Path(folder) / str(time.monotonic_ns())), some, encoder, batch_size)
+
+        ratio = paired(prepare, lambda: pure(Some(dataset, 0, clips), encoder, batch_size), pairs)
+        print(f"preparation of {clips} clips / decoding and encoding alone   {ratio}   {verdict(ratio, 1.1)}")
+
+
+def warm_start(settings: dict[str, Any], dataset: Any, folder: Path) -> Cache:
+    """Fill the whole cache and start again with it; the filled cache."""
+    batch_size, seconds = settings["cache"]["batch_size"], []
+    for _ in range(2):
+        encoder = objects.encoder(settings)
+        began = time.perf_counter()
+        cache = Cache.of(encoder, folder)
+        fill(cache, dataset, encoder, batch_size)
+        seconds.append(time.perf_counter() - began)
+    cold, warm = seconds
+    print(f"cold {cold:.1f} s, warm {warm:.2f} s: {warm / cold:.1%}   wanted: <= 2 %")
+    return cache
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few pairs, few clips")
+    pairs = 4 if parser.parse_args().quick else 30
+    world.ensure()
+    for side in (256, 512):
+        arithmetic(side)
+    settings = config.settings(WORDS)
+    dataset, encoder = objects.dataset(settings, "train"), objects.encoder(settings)
+    print(f"{len(dataset)} clips of 21 frames of 64x64, {torch.get_num_threads()} threads, {pairs} pairs")
+    preparation(settings, dataset, encoder, max(pairs // 3, 3), clips=8)
+    with tempfile.TemporaryDirectory() as folder:
+        cache = warm_start(settings, dataset, Path(folder))
+        cached = Loop(settings, dataset, encoder, cache)
+        uncached = Loop(settings, dataset, encoder, None)
+        print(f"step cached / uncached   {paired(cached, uncached, max(pairs // 6, 2), warmup=1)}", flush=True)
+        for _ in range(len(dataset) // (STEPS * settings["batch_size"]) + 1):
+            cached()  # an epoch, after which entries are in memory
+        ratio = paired(cached, bare(settings, dataset, cache, 128), pairs)
+        print(f"cached step / bare loop on tensors in memory   {ratio}   {verdict(ratio, 1.03)}")
+    distributed.close()
+
+
+if __name__ == "__main__":
+    main()
