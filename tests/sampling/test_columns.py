@@ -59,3 +59,19 @@ def test_only_columns_of_the_targets_shape_are_compared():
     videos = {name: torch.zeros(2, 3, side, 8) for name, side in (("target", 8), ("prediction", 8), ("small", 4))}
     assert list(scored(videos)) == ["prediction"]
     assert scored({"prediction": torch.zeros(2, 3, 8, 8)}) == {}
+
+
+def test_all_that_a_sampler_offers_passes_through(tmp_path):
+    class Everything(Denoised):
+        unscored = ("difference",)
+
+        def videos(self, network, encoder, batch, draws):
+            return {"longer": batch}
+
+    remembered = Remembered(Everything(), tmp_path)
+    assert remembered.unscored == ("difference",) and remembered.videos(None, None, {"x": 1}, None) == {
+        "longer": {"x": 1}
+    }
+    frames = {"frames": torch.zeros(1, 2, 3, 8, 8)}
+    assert remembered.baselines(frames).keys() == {"grey"} == Everything().baselines(frames).keys()
+    assert remembered.measure(None, None, frames, {})["brightness"].tolist() == [0]

@@ -9,6 +9,7 @@ from vireo.data.stream import Stream
 from vireo.diffusion.noise_schedule import NoiseSchedule
 from vireo.errors import UserError
 from vireo.metrics import psnr
+from vireo.sampling.columns import Remembered
 from vireo.sampling.edit_evaluations import FROZEN, OTHER_TEXT, Counterfactuals, RollOut, other_texts, texts
 from vireo.sampling.edits import EditSampler
 from vireo.sampling.reconstruction import Reconstruction
@@ -58,6 +59,12 @@ def test_a_network_that_looks_back_is_worse_without_history():
     assert rows[FROZEN]["psnr"] != pytest.approx(rows["prediction"]["psnr"], abs=1e-3)
     assert rows[FROZEN]["psnr"] == pytest.approx(rows["copy-last vae"]["psnr"], abs=1e-3)
     assert rows[OTHER_TEXT]["psnr"] == pytest.approx(rows["prediction"]["psnr"], abs=1e-6)
+
+
+def test_a_sampler_that_remembers_is_looked_into(tmp_path):
+    stream, plain = Stream(Drifts(), "validation", shuffle=False), evaluate(Counterfactuals(), Editor())
+    remembered = Remembered(sampler(), tmp_path)
+    assert list(Counterfactuals()(Editor(), Halving(), remembered, stream, [0, 1, 2], CPU, None)) == plain
 
 
 def test_rows_of_a_table():

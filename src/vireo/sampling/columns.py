@@ -11,41 +11,48 @@ from torch import Tensor, nn
 from vireo.models.encoders import Encoder
 from vireo.pixels import to_pixels, to_uint8
 from vireo.randomness import Draws
+from vireo.sampling.sampler import Sampler
 
 
-class Remembered:
+class Remembered(Sampler):
     """A sampler that makes each clip's videos once, though scoring and several evaluations ask for them.
 
-    sampler: the recipe's. folder: where the videos are kept, in 8 bits, which is all that is measured and shown of
-    them: T x C x H x W bytes a column and clip. For one network and one stream of clips, whose positions are the key.
+    sampler: the recipe's, for evaluations that want more of it than every sampler offers. folder: where the videos are
+    kept, in 8 bits, which is all that is measured and shown of them: T x C x H x W bytes a column and clip. For one
+    network and one stream of clips, whose positions are the key.
     """
 
-    def __init__(self, sampler: Any, folder: Path) -> None:
+    def __init__(self, sampler: Sampler, folder: Path) -> None:
         self.sampler, self.folder = sampler, folder
+        self.unscored = sampler.unscored
         self.names: list[str] = []  # in the sampler's order, which files do not keep
 
     def knows(self, positions: Sequence[int]) -> bool:
         """Whether the videos of all these positions are there, so that the batch need not be encoded."""
         return all(self._file(position).exists() for position in positions)
 
-    def __call__(self, network: nn.Module, encoder: Encoder, batch: dict, draws: Draws) -> dict[str, Tensor]:
-        if self.knows(draws.positions):
-            kept = [load_file(self._file(position)) for position in draws.positions]
-            return {n: to_pixels(torch.stack([k[n] for k in kept]), low=0.0).to(draws.device) for n in self.names}
-        columns = self.sampler(network, encoder, batch, draws)
-        self.names = list(columns)
-        for row, position in enumerate(draws.positions):
-            videos = {name: to_uint8(video[row], low=0.0).cpu().contiguous() for name, video in columns.items()}
-            save_file(videos, self._file(position))
-        return columns
+    def __call__(self, network: nn.Module, encoder: Any, batch: dict, draws: Draws) -> dict[str, Tensor]:
+        """The sampler's columns as 8-bit videos have them, at the first call as at every other."""
+        if not self.knows(draws.positions):
+            columns = self.sampler(network, encoder, batch, draws)
+            self.names = list(columns)
+            for row, position in enumerate(draws.positions):
+                videos = {name: to_uint8(video[row], low=0.0).cpu().contiguous() for name, video in columns.items()}
+                save_file(videos, self._file(position))
+        kept = [load_file(self._file(position)) for position in draws.positions]
+        return {n: to_pixels(torch.stack([k[n] for k in kept]).to(draws.device), low=0.0) for n in self.names}
 
     def baselines(self, batch: dict) -> dict[str, Tensor]:
+        """The sampler's own, as the rest."""
         return self.sampler.baselines(batch)
 
     def measure(
-        self, network: nn.Module, encoder: Encoder, batch: dict, columns: Mapping[str, Tensor]
+        self, network: nn.Module, encoder: Any, batch: dict, columns: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         return self.sampler.measure(network, encoder, batch, columns)
+
+    def videos(self, network: nn.Module, encoder: Any, batch: dict, draws: Draws) -> dict[str, dict[str, Tensor]]:
+        return self.sampler.videos(network, encoder, batch, draws)
 
     def _file(self, position: int) -> Path:
         return self.folder / f"{position}.safetensors"
@@ -53,14 +60,13 @@ class Remembered:
 
 @torch.no_grad()
 def columns(
-    network: nn.Module, encoder: Encoder, sampler: Any, stream: Any, indices: Sequence[int], device: torch.device
+    network: nn.Module, encoder: Encoder, sampler: Sampler, stream: Any, indices: Sequence[int], device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
     """The sampler's columns and, where there is a truth, its baselines of one clip each: (T, C, H, W) in [0, 1].
 
-    Those that are for the eyes only are left out.
-
-    sampler, stream, indices: as an evaluation is given them (`vireo.validation.Evaluation`). Everything is drawn as
-    in validation, so these are the videos that it scores; what is remembered is not made again.
+    Those that are for the eyes only are left out. sampler, stream, indices: as an evaluation is given them
+    (`vireo.validation.Evaluation`). Everything is drawn as in validation, so these are the videos that it scores; what
+    is remembered is not made again.
     """
     for index in indices:
         batch = stream.batch([index], device)

@@ -12,6 +12,7 @@ from vireo.errors import UserError
 from vireo.metrics import psnr
 from vireo.pixels import as_8_bit
 from vireo.randomness import Draws
+from vireo.sampling.columns import Remembered
 from vireo.sampling.edits import EditSampler
 
 TRUE, OTHER_TEXT, FROZEN = "prediction", "with another clip's text", "with the last frame as all history"
@@ -133,6 +134,7 @@ def other_texts(given: Sequence[str]) -> list[str | None]:
 
 
 def _editor(sampler: Any) -> EditSampler:
+    sampler = sampler.sampler if isinstance(sampler, Remembered) else sampler
     if not isinstance(sampler, EditSampler):
         raise UserError(
             f"this evaluation needs vireo.sampling.edits.EditSampler as model.sampler, got {type(sampler).__name__}: "
