@@ -115,7 +115,7 @@ class Loop:
 
 
 def bare(settings: dict[str, Any], dataset: Any, cache: Cache, samples: int) -> Callable[[], None]:
-    """The same step in a bare loop: encodings stacked in memory beforehand, torch's own randomness, no vote, no guard."""
+    """The same step in a bare loop: encodings stacked in memory, torch's own randomness, no vote, no guard."""
     network, batch_size = objects.network(settings), settings["batch_size"]
     schedule = objects.loss(settings).noise_schedule
     optimizer = torch.optim.AdamW(network.parameters(), lr=settings["lr"], fused=True)

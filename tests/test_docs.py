@@ -20,7 +20,8 @@ from pathlib import Path
 import pytest
 
 from vireo import config
-from vireo.config import identity
+from vireo.config import identity, places
+from vireo.config.problems import Problem
 from vireo.config.schema import Config
 from vireo.models import taehv_variants
 from vireo.verbs import prepare
@@ -217,12 +218,18 @@ def test_keys_in_the_text_exist():
             if match and word not in ("key=value", "weights_only=True") and match[1] not in prepare.OWN:
                 words.setdefault(match[1], set()).add(word)
     assert len(words) > 20
-    mistakes = []
-    while words:  # one composition for several words, each key once
-        together = [values.pop() for values in words.values()]
-        mistakes += [str(p) for p in config.problems(together) if any(phrase in p.message for phrase in UNKNOWN)]
-        words = {key: values for key, values in words.items() if values}
-    assert not mistakes
+    choices = {word for key in words if places.is_group(key) for word in words[key]}
+    assert not [str(problem) for word in sorted(choices) for problem in unknown([word])]
+    values = {key: sorted(found) for key, found in words.items() if not places.is_group(key)}
+    nowhere = set(values)
+    for experiment in config.experiments():  # a key has to be known to one of them
+        together = [f"experiment={experiment}", *(found[0] for found in values.values())]
+        nowhere &= {key for key in values for p in unknown(together) if p.key == key.lstrip("+")}
+    assert not nowhere
+
+
+def unknown(words: list[str]) -> list[Problem]:
+    return [problem for problem in config.problems(words) if any(phrase in problem.message for phrase in UNKNOWN)]
 
 
 # ------------------------------------------------------------------ commands and code

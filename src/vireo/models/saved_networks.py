@@ -83,8 +83,10 @@ def find(path: str | Path, name: str, key: str) -> Part:
 
 def load(part: Part, kind: Any, dtype: torch.dtype) -> Any:
     """The network of class `kind` on the CPU, in evaluation mode. Raises UserError for weights that do not fit it."""
+    import transformers
     from safetensors import SafetensorError
 
+    transformers.utils.logging.disable_progress_bar()  # of tensors, in milliseconds: it only spoils logs
     try:
         network, report = kind.from_pretrained(
             part.folder, torch_dtype=dtype, use_safetensors=True, output_loading_info=True

@@ -6,6 +6,7 @@ import torch
 
 from vireo import checkpoint, objects, weights
 from vireo.errors import UserError
+from vireo.mini import world
 from vireo.models.network import Network
 from vireo.verbs.arguments import Arguments, whole
 
@@ -21,6 +22,8 @@ def network(arguments: Arguments) -> tuple[Network, str]:
     weights, the network is what training would start from.
     """
     settings, folder, own = arguments
+    if settings["size"] == "mini":
+        world.ensure()
     if "weights" in own:
         settings = {**settings, "model": {**settings["model"], "network": {**settings["model"]["network"]}}}
         if "weights" in settings["model"]["network"]:
