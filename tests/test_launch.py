@@ -204,7 +204,7 @@ def test_two_processes_equal_one_from_the_command_line(tmp_path):
     assert ran.returncode == 0, ran.stdout + ran.stderr
     alone = runs.train(tmp_path, "steps=3", "run=one", "batch_size=2")
     for one, two in zip(runs.metrics(alone), runs.metrics(tmp_path / "taehv" / "two"), strict=True):
-        assert one == pytest.approx(two, rel=1e-5)
+        assert one == pytest.approx(two, rel=1e-4)  # a pixel that rounds to its other neighbour moves 8-bit measures
     state = checkpoint.latest(tmp_path / "taehv" / "two").state
     assert state["world_size"] == 2 and state["global_batch"] == 2
     # Gone on with by one process: the global batch stays, the accumulation changes.
