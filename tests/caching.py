@@ -16,6 +16,7 @@ from vireo.losses.objective import Loss, Objective
 from vireo.models.encoders import Encoder
 from vireo.pixels import to_pixels
 from vireo.randomness import Draws
+from vireo.sampling.sampler import Sampler
 from vireo.video_io import BadVideoError
 
 SIDE = 8
@@ -162,16 +163,13 @@ class NextLatents(Loss):
         return Objective(error, {"mse": error.detach()})
 
 
-class NextPicture:
+class NextPicture(Sampler):
     """Sampler: shows the true picture, for which the batch needs its pixels."""
 
     def __call__(self, network: nn.Module, encoder: object, batch: dict, draws: Draws) -> dict[str, Tensor]:
         target = to_pixels(batch["target"], low=0.0)[:, None]
         shade = network(batch["frame_moments"]).sigmoid().mean(dim=(1, 2, 3))[:, None, None, None, None]
         return {"target": target, "prediction": shade.expand_as(target)}
-
-    def measure(self, network: nn.Module, encoder: object, batch: dict, columns: dict) -> dict[str, Tensor]:
-        return {}
 
     def baselines(self, batch: dict) -> dict[str, Tensor]:
         return {"copy last": to_pixels(batch["frames"][:, -1:], low=0.0)}

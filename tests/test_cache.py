@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vireo import cache
-from vireo.cache import Cache, Damaged, entries, key, literal, text_identity, text_of, unfinished
+from vireo.cache import Cache, Damaged, New, entries, key, literal, text_identity, text_of, unfinished
 
 OUTPUTS = {"moments": "frames", "target_moments": "target", "embeds": "prompt"}
 IDENTITIES = {"moments": "vae 1", "target_moments": "vae 1", "embeds": "text 1"}
@@ -167,6 +167,31 @@ def test_a_failed_write_leaves_nothing(store, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         store.write("moments", "a", torch.ones(2))
     assert not [path for path in store.folder.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("number", [1, 3, 20])
+@pytest.mark.parametrize("system", ["with syncfs", "without"])
+def test_many_are_written_together(store, monkeypatch, number, system):
+    if system == "without":
+        monkeypatch.setattr(cache.ctypes, "CDLL", lambda *_, **__: None)
+    new = [New("moments", f"{n}", torch.full((3,), float(n))) for n in range(number)]
+    assert store.write_all(new) == number
+    assert all(torch.equal(store.read(one.output, one.source), one.value) for one in new)
+    assert not list(unfinished(store.folder))
+
+
+def test_what_was_renamed_before_a_failure_stays_and_nothing_else(store, monkeypatch):
+    original, done = os.replace, []
+
+    def replace(*arguments):
+        if len(done) == 2:
+            raise OSError(5, "Input/output error")
+        done.append(original(*arguments))
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError, match="Input/output"):
+        store.write_all([New("moments", f"{n}", torch.ones(3)) for n in range(5)])
+    assert len(list(entries(store.folder))) == 2 and not list(unfinished(store.folder))
 
 
 def test_entries_are_kept_in_memory_up_to_the_limit(tmp_path):

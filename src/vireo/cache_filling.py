@@ -6,7 +6,6 @@ stays, so a filling that was interrupted goes on where it stopped.
 
 import logging
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import groupby
@@ -18,7 +17,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from vireo import cache_manifests, distributed, faults
-from vireo.cache import Cache, literal, text_identity, text_of
+from vireo.cache import Cache, New, literal, text_identity, text_of
 from vireo.data.source import Source
 from vireo.data.stream import Dataset, start_worker
 from vireo.errors import UserError
@@ -28,7 +27,7 @@ from vireo.video_io import BadVideoError
 log = logging.getLogger(__name__)
 
 PROGRESS_EVERY = 10.0  # seconds
-WRITERS = 8  # threads: a file takes milliseconds to reach the disk, and eight at once hardly longer
+WAITING = 64  # entries that may wait for the disk; those that do are written together
 SHOWN = 5  # lines of a warning
 
 
@@ -121,7 +120,7 @@ def fill(
     share = _Share(cache, encoder, datasets, missing, batch_size, workers, timeout)
     began = told = time.monotonic()
     flags = 0
-    with share.writers:
+    with share.writer:
         # The ranks keep step, so that all of them learn at once of a stop or a fault.
         for _ in range(max(distributed.gather(share.turns))):
             share.take_turn()
@@ -194,44 +193,49 @@ class _Share:
         batches = _batches(missing, batch_size)
         self.turns = len(batches)
         self.batches = iter(_loader(datasets, missing, batches, min(workers, self.turns), timeout))
-        self.writers = ThreadPoolExecutor(WRITERS)
-        self.written: deque[Future] = deque()
+        self.writer = ThreadPoolExecutor(1, "cache")
+        self.waiting: list[New] = []
+        self.writing: Future[int] | None = None
         self.encoded, self.unreadable = 0, list[str]()
         self.problem: str | None = None
 
     def take_turn(self) -> None:
-        """Encode one more batch, if there is one, and see to it that not too many wait to be written."""
+        """Encode one more batch, if there is one, and hand it to the writer."""
         try:
             batch: list[tuple[Wanted, Decoded]] = next(self.batches, [])
             self.unreadable += [value.reason for _, value in batch if isinstance(value, _Unreadable)]
             for ones, values in _alike(batch, self.encoder.device):
                 encodings = _encode(self.encoder, ones, values)
-                self._wait(len(ones))
-                self.written += [
-                    self.writers.submit(self.cache.write, one.output, one.source, encoding, one.name)
+                self.waiting += [
+                    New(one.output, one.source, encoding, one.name)
                     for one, encoding in zip(ones, encodings, strict=True)
                 ]
+            self._write(WAITING)
         except UserError as error:
             self.problem = str(error)
 
     def settle(self) -> None:
         """Wait until everything is written."""
         try:
-            self._wait(0)
+            while self.waiting or self.writing is not None:
+                self._write(0)
         except UserError as error:
             self.problem = self.problem or str(error)
 
-    def _wait(self, most: int) -> None:
-        """Wait until at most so many entries are not written yet."""
-        while len(self.written) > most:
+    def _write(self, most: int) -> None:
+        """Give the writer all that waits when it is free; wait for it if more than `most` entries wait."""
+        if self.writing is not None and (self.writing.done() or len(self.waiting) > most or not self.waiting):
             try:
-                self.written.popleft().result()
+                self.encoded += self.writing.result()
             except OSError as error:
                 raise UserError(
                     f"the encoding cache in {self.cache.folder} cannot be written: {error.strerror}. Free some space "
                     "or choose another folder with cache.folder=…; what is written stays"
                 ) from error
-            self.encoded += 1
+            finally:
+                self.writing = None
+        if self.writing is None and self.waiting:
+            self.writing, self.waiting = self.writer.submit(self.cache.write_all, self.waiting), []
 
 
 class _Undecoded(TorchDataset):
@@ -239,13 +243,16 @@ class _Undecoded(TorchDataset):
 
     def __init__(self, datasets: Mapping[str, Dataset], missing: Sequence[Wanted]) -> None:
         self.datasets, self.missing = datasets, missing
+        self._entry: tuple[tuple[str, int], Mapping[str, Sequence[Source | str]]] = (("", -1), {})
 
     def __getitem__(self, number: int) -> tuple[Wanted, Decoded]:
         one = self.missing[number]
         if one.place is None:
             return one, text_of(one.source)
         split, index, field, place = one.place
-        source = self.datasets[split].sources(index)[field][place]
+        if self._entry[0] != (split, index):  # its other sources are likely to be the next ones
+            self._entry = (split, index), self.datasets[split].sources(index)
+        source = self._entry[1][field][place]
         assert isinstance(source, Source)
         try:
             return one, source.load()

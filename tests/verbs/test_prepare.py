@@ -110,3 +110,15 @@ def test_the_mini_world_to_look_at(vireo, tmp_path, monkeypatch):
     for words in (["clips=3"], [f"out={out}", "clip=3"]):
         code, said = vireo("prepare", "mini", *words)
         assert code == 2 and "takes out=<folder>" in said
+
+
+def test_the_cache_is_looked_after(vireo, given, tmp_path):
+    """What the actions do is tested in tests/test_cached_runs.py."""
+    words = [*given, f"paths.outputs={tmp_path}"]
+    code, said = vireo("prepare", *words, "cache=status")
+    assert code == 0 and f"{tmp_path / 'cache'}\n" in said and "0 entries" in said
+    assert vireo("prepare", *words, "cache=verify")[0] == 0
+    code, said = vireo("prepare", *words, "cache=empty")
+    assert code == 2 and "expected one of fill, status, verify, prune" in said
+    code, said = vireo("prepare", *words, "cache=fill", "strict=true")
+    assert code == 2 and "cache=fill goes without strict" in said

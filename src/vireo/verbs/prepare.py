@@ -6,8 +6,9 @@ Convert a recipe's raw data into what it reads best. Entries that cannot be used
 refuses them. resplit=0.1 holds a tenth of the entries out, by `seed`, in place of the split that the data have.
 A dataset's class takes part by a static method `prepare`, which gets what it names of its node's values and of these.
 
-cache=… is about the encodings of frozen networks: fill computes what is missing, status says what is there, verify
-reads every entry, prune removes those that no recipe asks for any more.
+`cache=…` looks after the encodings of frozen networks (docs/cache.md): fill computes what is missing, as training with
+cache=on does before its first step; status says what is there, what is missing and why; verify reads every entry; prune
+removes those that no composition asks for any more.
 
 `prepare mini` writes the edited clips of the demonstration, in the raw layout, to look at or to train on: `clips` is
 the number of those for training.
@@ -22,7 +23,7 @@ import yaml
 
 from vireo.config.instantiation import locate
 from vireo.errors import UserError
-from vireo.verbs import arguments
+from vireo.verbs import arguments, prepare_cache
 
 OWN = ("out", "strict", "resplit")
 KINDS = {"out": (str, "a folder"), "strict": (bool, "true or false"), "resplit": (float, "a share such as 0.1")}
@@ -33,8 +34,9 @@ def main(words: Sequence[str]) -> int:
         return _mini(words[1:])
     given = arguments.read(words, (*OWN, "cache"))
     if "cache" in given.own:
-        from vireo.verbs import prepare_cache
-
+        others = sorted(given.own.keys() - {"cache"})
+        if others:
+            raise UserError(f"cache={given.own['cache']} goes without {', '.join(others)}: prepare the data first")
         return prepare_cache.main(given, given.own["cache"])
     own = {name: _value(name, text) for name, text in given.own.items()}
     if given.settings["size"] == "mini":

@@ -1,9 +1,4 @@
-"""vireo prepare experiment=<recipe> cache=fill|status|verify|prune [any override]
-
-The encodings of frozen networks that a recipe trains on, in `cache.folder`. fill computes what is missing (as training
-with cache=on does before its first step), status says what is there, what is missing and why, verify reads every entry,
-prune removes those that no recipe asks for any more.
-"""
+"""`vireo prepare … cache=fill|status|verify|prune`: the encodings of frozen networks that a recipe trains on."""
 
 import time
 from collections import Counter, defaultdict
