@@ -18,6 +18,16 @@ ROOT = Path(__file__).resolve().parents[1]
 CASES = {
     # Users of the real recipe start from a released network, so the demonstration fine-tunes the shipped one.
     "taehv": ["experiment=taehv"],
+    "taehv_seraena": ["experiment=taehv_seraena"],
+    # The next frame against the last one, on clips that were never trained on.
+    "ip2p_video": [
+        "experiment=ip2p_video",
+        "schedule=cosine",
+        "steps=1600",
+        "validation.every=400",
+        "validation.clips=96",
+        "checkpoint.every=400",
+    ],
     # From nothing: Muon, and mostly small crops, since a young autoencoder needs many independent pictures a second.
     "taehv_scratch": [
         "experiment=taehv",
