@@ -115,7 +115,7 @@ def from_text(text: str, name: str = "resolved.yaml") -> dict[str, Any]:
     return resolved
 
 
-def _lacking(node: dict[str, Any], kind: type, above: str = "") -> list[str]:
+def _lacking(node: dict[str, Any], kind: Any, above: str = "") -> list[str]:
     """Keys of the schema that a resolved config has not."""
     found = []
     for field in dataclasses.fields(kind):
