@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests import edit_runs, runs
-from vireo import cache, checkpoint, distributed
+from vireo import cache, distributed
 from vireo.errors import UserError
 
 TASKS = """
@@ -51,7 +51,6 @@ layer = nn.Linear(2, 1, bias=False)
 layer.weight.grad = torch.full((1, 2), float(rank))
 distributed.average_gradients(list(layer.parameters()))
 result["gradient"] = layer.weight.grad
-distributed.close()
 
 edits = Path(sys.argv[2])
 set_up_logging(edits.parent / "train.log")
@@ -153,9 +152,6 @@ def test_two_ranks_fill_a_cache_and_train_the_video_editor_as_one_does(ranks, wo
         assert {n: v for n, v in one.items() if "loss" in n} == pytest.approx(
             {n: v for n, v in two.items() if "loss" in n}, rel=1e-5
         )
-    network, single = (checkpoint.latest(folder).tensors("network") for folder in (edits, alone))
-    for name, value in network.items():
-        torch.testing.assert_close(value, single[name], rtol=1e-4, atol=1e-5)
 
 
 def test_votes_and_means(ranks):
