@@ -149,6 +149,28 @@ def test_the_image_baseline_sees_the_last_frame_of_the_same_clips(words):
         assert one.condition_frames == [19] and twenty.condition_frames == list(range(20))
 
 
+CHANGES = ["lr=1e-4", "warmup_steps=3", "seed=1", "batch_size=1", "gradient_accumulation=2", "max_grad_norm=0.01"]
+CHANGES += ["num_frames=3", "height=24", "width=24", "precision=bf16", "ema.decay=0.5", "schedule=cosine"]
+CHANGES += ["loss.condition_dropout=0.3", "loss.history_dropout=1", "optimizer.weight_decay=0.5", "cache.enabled=false"]
+CHANGES += ["freeze_policy.groups.conv_in.lr_scale=10", "model.noise_schedule.prediction_type=v_prediction"]
+CHANGES += ["model.sampler.num_inference_steps=3", "model.sampler.text_guidance=1", "model.sampler.image_guidance=3"]
+CHANGES += [
+    "model.encoder.dtype=bf16",
+    "data.held_out=[test]",
+    "data.target_frame=19 data.condition_frames=[0] num_frames=1",
+]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("change", CHANGES)
+def test_every_key_does_something(words, plain, tmp_path, change):
+    changed = runs.train(tmp_path, *words, *change.split(), shrunk=False)
+    if change.startswith("cache"):  # whose only effect is that nothing is kept
+        assert not (tmp_path / "cache").exists()
+    else:
+        assert runs.metrics(changed) != runs.metrics(plain)
+
+
 def test_eight_bit_moments_without_a_gpu_are_a_mistake(words, tmp_path):
     folder = runs.make(tmp_path, [*words, "optimizer=adamw_8bit"], shrunk=False)
     assert runs.work(folder) == 2
