@@ -10,16 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from vireo import distributed
+from tests import edit_runs, runs
+from vireo import cache, distributed
 from vireo.errors import UserError
 
 TASKS = """
 import pickle, sys
+from pathlib import Path
 import torch
 from torch import nn
 from tests.test_training import losses, run
 from tests.toys import Denoise
-from vireo import distributed
+from vireo import distributed, worker
+from vireo.console import set_up_logging
 
 torch.set_num_threads(1)
 
@@ -48,13 +51,28 @@ layer = nn.Linear(2, 1, bias=False)
 layer.weight.grad = torch.full((1, 2), float(rank))
 distributed.average_gradients(list(layer.parameters()))
 result["gradient"] = layer.weight.grad
-distributed.close()
+
+edits = Path(sys.argv[2])
+set_up_logging(edits.parent / "train.log")
+result["edits"] = worker.main(edits)
 pickle.dump(result, open(f"{sys.argv[1]}/rank{rank}.pkl", "wb"))
 """
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def words(tmp_path_factory):
+    """Of the video editor's run, which ends the tasks."""
+    return [*edit_runs.world(tmp_path_factory.mktemp("world")), *edit_runs.SHORT]
+
+
+@pytest.fixture(scope="module")
+def edits(words, tmp_path_factory):
+    """The folder of that run, of which each rank has half a batch."""
+    return runs.make(tmp_path_factory.mktemp("edits"), [*words, "batch_size=1"], shrunk=False)
+
+
+@pytest.fixture(scope="module")
+def ranks(edits, tmp_path_factory):
     """What each of two ranks found."""
     folder = tmp_path_factory.mktemp("ranks")
     with socket.socket() as free:
@@ -71,7 +89,7 @@ def ranks(tmp_path_factory):
     common["PYTHONPATH"] = f"{root}:{root / 'src'}"
     children = [
         subprocess.Popen(
-            [sys.executable, "-c", TASKS, str(folder)],
+            [sys.executable, "-c", TASKS, str(folder), str(edits / "resolved.yaml")],
             env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -116,6 +134,24 @@ def test_the_ranks_are_bitwise_equal(ranks):
 def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_both(ranks):
     assert ranks[0]["skipped"] == ranks[1]["skipped"] == 1
     assert all(torch.isfinite(p).all() for p in ranks[0]["poisoned"])
+
+
+def test_two_ranks_fill_a_cache_and_train_the_video_editor_as_one_does(ranks, words, edits, tmp_path):
+    assert [rank["edits"] for rank in ranks] == [0, 0]
+    entries = 6 * 21 + 6 + 1  # pictures, texts and the empty text
+    log = (edits / "train.log").read_text()
+    assert f"{entries} of {entries} entries are missing" in log and f"cache: {entries} entries added" in log
+    alone = runs.train(tmp_path, *words, shrunk=False)
+    ours, theirs = (
+        {path.name: path.read_bytes() for path in cache.entries(folder.parents[1] / "cache")}
+        for folder in (edits, alone)
+    )
+    assert len(ours) == entries and ours.keys() == theirs.keys()
+    for one, two in zip(runs.metrics(alone), runs.metrics(edits), strict=True):
+        assert one == pytest.approx(two, rel=1e-4)  # a pixel that rounds to its other neighbour moves 8-bit measures
+        assert {n: v for n, v in one.items() if "loss" in n} == pytest.approx(
+            {n: v for n, v in two.items() if "loss" in n}, rel=1e-5
+        )
 
 
 def test_votes_and_means(ranks):

@@ -24,8 +24,8 @@ def scores(network, batch_size, indices=range(5)):
 def test_scores_do_not_depend_on_the_batch(network):
     one, three = ([score for score, _ in scores(network, size)] for size in (1, 3))
     for a, b in zip(one, three, strict=True):
-        same = {name for name in a.measures if name != "loss"}  # the loss is a mean over its batch
-        assert {n: a.measures[n] for n in same} == pytest.approx({n: b.measures[n] for n in same}, rel=1e-6)
+        assert a.measures == pytest.approx(b.measures, rel=1e-6)
+    assert len({score.measures["loss"] for score in three}) == 5, "each clip has a loss of its own"
 
 
 def test_every_column_is_scored_beside_the_baselines(network):
@@ -119,9 +119,12 @@ def test_means_of_each_task(network):
 
     stream = Stream(Kinds(side=16), SEED, shuffle=False)
     found = [s for s, _ in score_clips(network, NoEncoder(), Denoise(), Denoised(), stream, [0, 1, 2], 2, CPU)]
-    drop, move = means_by_task(found, "psnr")
-    assert (drop["task"], drop["clips"], move["task"], move["clips"]) == ("drop", 1, "move", 2)
-    assert drop["psnr"] == found[1].measures["psnr"]
-    assert move["grey/psnr"] == pytest.approx(sum(found[i].measures["grey/psnr"] for i in (0, 2)) / 2)
-    assert "grey/ssim" not in move and "ssim" in move
-    assert means_by_task([score for score, _ in scores(network, 2)], "psnr") == []
+    rows = {(row.pop("task"), row.pop("column")): row for row in means_by_task(found)}
+    assert list(rows) == [(task, column) for task in ("drop", "move") for column in ("prediction", "grey")]
+    assert rows["drop", "prediction"] == {"clips": 1, **{n: v for n, v in found[1].measures.items() if "/" not in n}}
+    for column, measure in (("prediction", "loss"), ("prediction", "ssim"), ("grey", "psnr")):
+        name = measure if column == "prediction" else f"{column}/{measure}"
+        its = [found[number].measures[name] for number in (0, 2)]
+        assert rows["move", column][measure] == pytest.approx(sum(its) / 2)
+    assert rows["move", "grey"]["loss"] is None, "only a network has one"
+    assert means_by_task([score for score, _ in scores(network, 2)]) == []

@@ -429,6 +429,13 @@ def test_a_row_of_stills(tmp_path):
     assert row[0, -16:, 10::20].unique(dim=0).tolist() == [[10, 20, 30, 100]]
 
 
+def test_a_label_that_is_a_little_too_wide_is_written_smaller():
+    clip = torch.zeros(1, 3, 8, 64, dtype=torch.uint8)
+    whole, cut = (side_by_side({text: clip})[0, :, :-8] for text in ("copy-last vae", "copy-last va"))
+    assert not torch.equal(whole, cut), "the end is cut off"
+    assert not whole[:, :, -2:].any(), "nothing touches the next panel"
+
+
 def test_side_by_side(tmp_path):
     left, right = smooth(8, 48, 64), smooth(5, 32, 40)
     both = side_by_side({"prediction": left, "target": right})

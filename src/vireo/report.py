@@ -77,7 +77,8 @@ def where_to_look(folder: Path, exported: Sequence[Path], picture: Path, figures
         lines.append(f"held-out loss on fixed draws: {said}\n")
     lines += ["Where to look:", f"  curves        {picture}"]
     if samples:
-        lines.append(f"  side by side  {samples[-1]}/*.mp4, *.png")
+        kinds = sorted({file.suffix for file in samples[-1].iterdir()})
+        lines.append(f"  side by side  {samples[-1]}/{', '.join(f'*{kind}' for kind in kinds)}")
     lines.append(f"  metrics       {folder / 'metrics.jsonl'}")
     lines += [f"  export        {path}" for path in exported]
     return "\n".join(lines)

@@ -67,7 +67,8 @@ def score_clips(
 ) -> Iterator[tuple[ClipScore, dict[str, Tensor]]]:
     """Score and yield held-out clips with their columns, uint8 (T, C, H, W) on the CPU.
 
-    The network is called with what the caller has set (evaluation mode, averaged weights). The loss does not learn.
+    The network is called with what the caller has set (evaluation mode, averaged weights). The loss does not learn; it
+    sees each clip alone, since it gives one figure for all that it sees.
     """
     learning, loss.learning = loss.learning, False
     unscored = {"target", *sampler.unscored}
@@ -78,13 +79,13 @@ def score_clips(
             names = batch.get("name", [str(index) for index in some])
             rates, tasks = (batch.get(field, [None] * len(some)) for field in ("fps", "task"))
             batch = encoder(batch, draws)
-            totals = [loss(network, batch, draws.pinned(point)).total for point in loss.grid]
+            losses = [_loss(loss, network, batch, draws, row) for row in range(len(some))]
             columns = sampler(network, encoder, batch, draws)
             baselines = sampler.baselines(batch) if "target" in columns else {}
             figures = sampler.measure(network, encoder, batch, {**columns, **baselines})
             for row, (index, name, fps, task) in enumerate(zip(some, names, rates, tasks, strict=True)):
                 shown = {title: to_uint8(video[row], low=0).cpu() for title, video in columns.items()}
-                measures = {"loss": float(sum(totals) / len(totals)), **{n: float(v[row]) for n, v in figures.items()}}
+                measures = {"loss": losses[row], **{n: float(v[row]) for n, v in figures.items()}}
                 for title, video in {**columns, **baselines}.items():
                     if title not in unscored and "target" in columns and video.shape == columns["target"].shape:
                         prefix = "" if title == "prediction" else f"{title}/"
@@ -120,13 +121,21 @@ def means(scores: Iterable[ClipScore]) -> dict[str, float]:
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]} if rows else {}
 
 
-def means_by_task(scores: Sequence[ClipScore], metric: str) -> list[dict[str, Any]]:
-    """A row a task: {"task", "clips", the prediction's measures, "<column>/<metric>" of others}; [] without tasks."""
+def means_by_task(scores: Sequence[ClipScore]) -> list[dict[str, Any]]:
+    """A row for each task and column, with its means: {"task", "clips", "column", "psnr", …}; [] without tasks.
+
+    What only the prediction has, such as the loss, is None for the others.
+    """
     rows: list[dict[str, Any]] = []
     for task in sorted({score.task for score in scores if score.task is not None}):
         its = [score for score in scores if score.task == task]
-        chosen = {n: v for n, v in means(its).items() if "/" not in n or n.endswith(f"/{metric}")}
-        rows.append({"task": task, "clips": len(its), **chosen})
+        columns: dict[str, dict[str, float]] = {"prediction": {}}
+        for name, value in means(its).items():
+            column, _, measure = name.rpartition("/")
+            columns.setdefault(column or "prediction", {})[measure] = value
+        for column, measures in columns.items():
+            about = {"task": task, "clips": len(its), "column": column}
+            rows.append(about | {measure: measures.get(measure) for measure in columns["prediction"]})
     return rows
 
 
@@ -165,6 +174,17 @@ def validate(
     for index, (columns, rate) in shown.items():
         show(columns, folder / f"clip_{index:03d}", rate)
     return means(everything[index] for index in sorted(everything))
+
+
+def _loss(loss: Loss, network: nn.Module, batch: Mapping[str, Any], draws: Draws, row: int) -> float:
+    """Of one clip of a batch, the mean over the loss's grid; it is drawn as if the batch were this clip."""
+    alone = {
+        name: value[row : row + 1] if isinstance(value, Tensor) and value.ndim or isinstance(value, list) else value
+        for name, value in batch.items()
+    }
+    own = Draws(draws.seed, draws.positions[row : row + 1], draws.device, draws.step)
+    totals = [loss(network, alone, own.pinned(point)).total for point in loss.grid]
+    return float(sum(totals) / len(totals))
 
 
 def _batches(indices: Sequence[int], size: int) -> Iterator[list[int]]:

@@ -259,9 +259,11 @@ _LABEL_HEIGHT = 14
 
 
 def _label(text: str, width: int) -> np.ndarray:
-    """White on black, uint8 (label height, width, 3); what does not fit is cut."""
+    """White on black, uint8 (label height, width, 3), in smaller letters if need be; what does not fit then is cut."""
     bar = Image.new("RGB", (width, _LABEL_HEIGHT))
-    ImageDraw.Draw(bar).text((2, 0), text, fill="white", font=ImageFont.load_default(size=11))
+    fonts = (ImageFont.load_default(size=size) for size in (11, 10, 9, 8))
+    font = next((font for font in fonts if font.getlength(text) <= width - 2), ImageFont.load_default(size=8))
+    ImageDraw.Draw(bar).text((2, 0), text, fill="white", font=font)
     return np.asarray(bar)
 
 

@@ -1,5 +1,7 @@
 """The shipped YAML files: every experiment works in both sizes, and each file keeps the rules of the tree."""
 
+import dataclasses
+import inspect
 import typing
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import yaml
 
 from vireo import config
 from vireo.config.schema import Config
+from vireo.data.stream import loader
 
 FILES = sorted(path.relative_to(config.conf_dir()) for path in config.conf_dir().rglob("*.yaml"))
 FILES = [path for path in FILES if path != Path("local/default.yaml")]
@@ -168,6 +171,26 @@ def test_no_boolean_where_text_is_meant(path):
 def test_every_default_of_the_schema_is_legal():
     """Ranges and types of the schema hold for its own defaults."""
     assert config.problems(["debug=quick"]) == []
+
+
+def test_every_key_of_the_schema_is_read():
+    code = "\n".join(
+        path.read_text() for path in Path(config.__file__).parents[1].rglob("*.py") if path.name != "schema.py"
+    )
+    files = "\n".join(line for path in FILES for line in lines(path))
+    passed = {f"loader.{name}" for name in inspect.signature(loader).parameters}  # the node as a whole
+    for key in _keys(Config):
+        name = key.rpartition(".")[2]
+        read = f'["{name}"]' in code or f'.get("{name}")' in code or f"${{{key}}}" in files
+        assert read or key in passed, f"nobody reads {key}"
+
+
+def _keys(kind, above=""):
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(field.type):
+            yield from _keys(field.type, f"{above}{field.name}.")
+        else:
+            yield above + field.name
 
 
 def test_nothing_of_a_machine_is_in_the_files():

@@ -78,6 +78,15 @@ def test_files_that_are_no_resolved_config(tmp_path):
         config.load_resolved(path)
 
 
+def test_a_run_of_an_older_version_is_told_what_to_do(tmp_path):
+    settings = config.settings([])
+    del settings["cache"], settings["loader"]["prefetch"]
+    path = tmp_path / "resolved.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    with pytest.raises(UserError, match=r"lacks loader\.prefetch, cache\. What it trained still serves.*init_from="):
+        config.load_resolved(path)
+
+
 def test_a_run_from_elsewhere_calls_nothing_strange(tmp_path):
     settings = config.settings([])
     settings["tracker"]["_target_"] = "os.system"

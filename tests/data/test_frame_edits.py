@@ -285,6 +285,9 @@ def test_a_root_without_clips_is_refused_and_one_below_is_found(root, tmp_path):
         FrameEdits(tmp_path, 1, 8, 8)
     shutil.copytree(root, tmp_path / "frame_edits")
     assert len(FrameEdits(tmp_path, 1, 8, 8)) == 3
+    shutil.copytree(root, tmp_path / "outer" / "dataset_root")
+    with pytest.raises(UserError, match="paths.data=.*/outer/dataset_root has them"):
+        FrameEdits(tmp_path / "outer", 1, 8, 8)
     edits.write_metadata(tmp_path / "frame_edits", [edits.row(edits.NAMES[4])])
     with pytest.raises(UserError, match="can be trained on"):
         FrameEdits(tmp_path, 1, 8, 8)

@@ -108,7 +108,7 @@ def test_the_saved_config_fits_the_saved_weights(tmp_path):
     widen(made, 5)
     made.save_pretrained(tmp_path)
     again = diffusers.UNet2DConditionModel.from_pretrained(tmp_path)
-    assert again.config.in_channels == 24 and again.config.num_frames == 5
+    assert again.config.in_channels == 24
     assert again.state_dict().keys() == made.state_dict().keys()
     assert all(torch.equal(value, made.state_dict()[name]) for name, value in again.state_dict().items())
 
@@ -187,7 +187,7 @@ def test_an_export_is_a_whole_pipeline(folder, tmp_path):
     network = make(folder, 2)
     state = export(network, tmp_path / "out", scale=0.5)
     index = json.loads((tmp_path / "out/model_index.json").read_text())
-    assert index.pop("_class_name") == "VideoInstructPix2PixPipeline"
+    assert index.pop("_class_name") == "VideoInstructPix2PixPipeline" and index.pop("num_frames") == 2
     for part, (library, name) in index.items():
         assert (tmp_path / "out" / part).is_dir()
         kind = getattr({"diffusers": diffusers, "transformers": transformers}[library], name)

@@ -8,7 +8,7 @@ from torch import nn
 from vireo.data.stream import Stream
 from vireo.diffusion.noise_schedule import NoiseSchedule
 from vireo.errors import UserError
-from vireo.metrics import psnr
+from vireo.metrics import psnr, ssim
 from vireo.sampling.columns import Remembered
 from vireo.sampling.edit_evaluations import FROZEN, OTHER_TEXT, Counterfactuals, RollOut, other_texts, texts
 from vireo.sampling.edits import EditSampler
@@ -69,7 +69,7 @@ def test_a_sampler_that_remembers_is_looked_into(tmp_path):
 
 def test_rows_of_a_table():
     rows = evaluate(Counterfactuals(), Editor())
-    names = ["line", "psnr", "l1", "changed_l1", "changed_psnr", "note"]
+    names = ["line", "psnr", "ssim", "l1", "changed_l1", "changed_psnr", "note"]
     assert all(list(row) == names for row in rows)
     expected = {"prediction", "vae", "copy-last vae", "copy-last", "copy-first", OTHER_TEXT, FROZEN}
     assert set(lines(rows)) == expected
@@ -103,17 +103,26 @@ def test_the_next_text_that_differs():
 
 def test_a_roll_out_frame_by_frame():
     rows = evaluate(RollOut(num_frames=3), LastFrame())
-    assert [row["frame"] for row in rows] == [1, 2, 3]
+    lines = ["prediction", "copy-last", "copy-first"]
+    assert [(row["frame"], row["line"]) for row in rows] == [(n, line) for n in (1, 2, 3) for line in lines]
     assert {row["known_frames"] for row in rows} == {FRAMES + 1 - 3}
-    copied = [row["copy-last"] for row in rows]
-    assert copied == sorted(copied, reverse=True), "the longer a frame is held, the worse"
+    copied = [row for row in rows if row["line"] == "copy-last"]
+    assert [row["psnr"] for row in copied] == sorted((row["psnr"] for row in copied), reverse=True), "it moves away"
     truth = torch.stack(
         [torch.cat([c["frames"], c["target"][None]]) for c in (Drifts().sample(i, None) for i in range(3))]
     )
     truth = truth.float() / 255
-    for number, value in enumerate(copied):
-        expected = psnr(truth[:, 1:2], truth[:, 2 + number, None]).mean()
-        assert value == pytest.approx(float(expected), rel=1e-5)
+    for row in rows:
+        target, known = truth[:, 1 + row["frame"], None], truth[:, 1:2]
+        held = {"copy-last": known, "copy-first": truth[:, :1]}.get(row["line"])
+        if held is not None:
+            assert row["psnr"] == pytest.approx(float(psnr(held, target).mean()), rel=1e-5)
+            assert row["ssim"] == pytest.approx(float(ssim(held, target).mean()), rel=1e-5)
+            assert row["l1"] == pytest.approx(float((held - target).abs().mean()), rel=1e-5)
+        changed = ((target - known).abs().amax(dim=2, keepdim=True) > 0.1).expand_as(target)
+        if row["line"] == "copy-last":
+            its = [(held - target).abs()[clip][changed[clip]].mean() for clip in range(3)]
+            assert row["changed_l1"] == pytest.approx(float(torch.stack(its).mean()), rel=1e-5)
 
 
 def test_a_perfect_roll_out_of_what_stands_still():
@@ -125,7 +134,7 @@ def test_a_perfect_roll_out_of_what_stands_still():
 
     stream = Stream(Still(), "validation", shuffle=False)
     rows = RollOut(num_frames=99)(LastFrame(), Halving(), sampler(), stream, [0, 1], CPU, None)
-    assert len(rows) == FRAMES and all(row["prediction"] == row["copy-last"] == 100 for row in rows)
+    assert len(rows) == 3 * FRAMES and all(row["psnr"] == 100 and row["l1"] == 0 for row in rows)
 
 
 def test_mistakes():

@@ -253,7 +253,8 @@ def test_choices_of_a_roll_out(video):
 
 def test_saved_and_loaded_again(video, tmp_path):
     video.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == "VideoInstructPix2PixPipeline"
+    about = json.loads((tmp_path / "model_index.json").read_text())
+    assert about["_class_name"] == "VideoInstructPix2PixPipeline" and about["num_frames"] == 3
     again = VideoInstructPix2PixPipeline.from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
     assert again.num_condition_frames == 3
@@ -304,5 +305,7 @@ def test_folders_and_networks_that_are_no_editors(image, tmp_path):
     for channels in (4, 10):
         with pytest.raises(UserError, match=f"has {channels} input channels"):
             VideoInstructPix2PixPipeline(**{**image.components, "unet": unet(channels)})
+    with pytest.raises(UserError, match="num_frames=3, but the unet is for 1 frames"):
+        VideoInstructPix2PixPipeline(**image.components, num_frames=3)
     with pytest.raises(UserError, match="at least one frame"):
         image.roll_out("move", clip(1), 0)

@@ -1,6 +1,7 @@
 """From a composed config to the plain values that a run is made of, and their file."""
 
 import copy
+import dataclasses
 import functools
 import os
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from vireo.config import identity, interpolation, places, targets
+from vireo.config import identity, interpolation, places, schema, targets
 from vireo.config.composition import apply, compose
 from vireo.config.problems import Problem, report
 from vireo.config.validation import validate
@@ -91,17 +92,39 @@ def to_text(resolved: dict[str, Any]) -> str:
 
 
 def from_text(text: str, name: str = "resolved.yaml") -> dict[str, Any]:
-    """Settings from YAML. Raises UserError for text that is no resolved config, or names objects that none may name."""
+    """Settings from YAML.
+
+    Raises UserError for text that is no resolved config, lacks what this version reads, or names objects that none may
+    name.
+    """
     try:
         resolved = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"{name} is not valid YAML: {error}") from None
     if not isinstance(resolved, dict) or not {"experiment", "paths", "interpolations"} <= resolved.keys():
         raise UserError(f"{name} is not the resolved config of a run")
+    lacking = _lacking(resolved, schema.Config)
+    if lacking:
+        raise UserError(
+            f"{name} was written by another version of vireo: it lacks {', '.join(lacking)}. What it trained still "
+            "serves: start anew with init_from=<its folder>, or give a verb experiment=… weights=<its folder>/export"
+        )
     strangers = targets.strangers(resolved)
     if strangers:
         raise UserError(f"{name} calls {', '.join(strangers)}, which no config may call (see allow_targets)")
     return resolved
+
+
+def _lacking(node: dict[str, Any], kind: Any, above: str = "") -> list[str]:
+    """Keys of the schema that a resolved config has not."""
+    found = []
+    for field in dataclasses.fields(kind):
+        key = f"{above}{field.name}"
+        if field.name not in node and key != "machine":  # resolving takes it away
+            found.append(key)
+        elif isinstance(node.get(field.name), dict) and dataclasses.is_dataclass(field.type):
+            found += _lacking(node[field.name], field.type, f"{key}.")
+    return found
 
 
 def save_resolved(resolved: dict[str, Any], path: Path) -> None:

@@ -293,12 +293,17 @@ class View(NamedTuple):
 def _layout_folder(root: Path) -> Path:
     """`root` or the folder in it, whichever holds clips. Raises UserError if none does."""
     for folder in (root, root / INSIDE):
-        if (folder / edit_clips_arrow.MARKER).is_file() or metadata_file(folder):
+        if _has_clips(folder):
             return folder
+    below = next((f": paths.data={folder} has them" for folder in sorted(root.glob("*")) if _has_clips(folder)), "")
     raise UserError(
         f"no edited clips in {root}: expected metadata.json or metadata.jsonl with train/, val/ and test/, or a "
-        f"Hugging Face dataset ({edit_clips_arrow.MARKER}) with train/ and test/"
+        f"Hugging Face dataset ({edit_clips_arrow.MARKER}) with train/ and test/{below}"
     )
+
+
+def _has_clips(folder: Path) -> bool:
+    return (folder / edit_clips_arrow.MARKER).is_file() or bool(metadata_file(folder))
 
 
 def _range(frames: Sequence[int]) -> str:

@@ -117,7 +117,8 @@ class VideoEditor(Network):
         scheduler = self.pipeline.scheduler(self.noise_schedule)
         scheduler.save_pretrained(folder / "scheduler")
         classes = {**CLASSES, "scheduler": ("diffusers", type(scheduler).__name__)}
-        index = {"_class_name": PIPELINE, **{name: list(where) for name, where in sorted(classes.items())}}
+        index = {"_class_name": PIPELINE, "num_frames": self.num_condition_frames}
+        index |= {name: list(where) for name, where in sorted(classes.items())}
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         return [folder]
 
@@ -165,7 +166,7 @@ def widened(weight: Tensor, num_condition_frames: int, source: str = "the UNet")
 def widen(unet: Any, num_condition_frames: int, source: str = "the UNet") -> None:
     """Give a diffusers UNet a first convolution for N condition frames, in place; bias and config included.
 
-    See `widened`. The config, which `from_pretrained` reads, gets in_channels and num_frames (the condition frames).
+    See `widened`. The config, which `from_pretrained` reads, gets in_channels.
     """
     old = unet.conv_in
     weight = widened(old.weight.detach(), num_condition_frames, source)
@@ -179,7 +180,7 @@ def widen(unet: Any, num_condition_frames: int, source: str = "the UNet") -> Non
         unet.conv_in = wider.to_empty(device=weight.device).to(weight.dtype)
         unet.conv_in.load_state_dict({"weight": weight, "bias": old.bias.detach()})
     # An attribute of the config would not be saved: the folder would say 8 and hold 84.
-    unet.register_to_config(in_channels=weight.shape[1], num_frames=num_condition_frames)
+    unet.register_to_config(in_channels=weight.shape[1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

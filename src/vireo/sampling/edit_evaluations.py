@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from vireo.errors import UserError
-from vireo.metrics import psnr
-from vireo.pixels import as_8_bit
+from vireo.metrics import psnr, ssim
+from vireo.pixels import as_8_bit, to_pixels
 from vireo.randomness import Draws
 from vireo.sampling.columns import Remembered
 from vireo.sampling.edits import EditSampler
@@ -22,7 +22,7 @@ class Counterfactuals:
     """The same clips and noise with another clip's text, and with a history that stands still.
 
     A network that reads the text is worse with a wrong one; one that looks at more than the last frame is worse without
-    the others. Rows: {"line", "psnr", "l1", "changed_l1", "changed_psnr", "note"}, means over the clips; see
+    the others. Rows: {"line", "psnr", "ssim", "l1", "changed_l1", "changed_psnr", "note"}, means over the clips; see
     `EditSampler.measure`. The sampler's other columns and baselines have rows too.
 
     clips: how many of the held-out clips, from the first; each is sampled three times. None: all. batch_size: clips at
@@ -74,11 +74,12 @@ class Counterfactuals:
 
 
 class RollOut:
-    """PSNR of each frame of a roll-out, beside that of holding the last known frame.
+    """Each frame of a roll-out, beside holding the last known frame and the oldest one.
 
     A clip has N + 1 frames, so a roll-out of K frames whose truth is known starts from N + 1 - K; the window's missing
     ones are copies of the oldest, which is harder than what the network was trained on. num_frames: K, at most N.
-    Rows: {"frame", "prediction", "copy-last", "known_frames"}, dB, means over the clips. known_frames: N + 1 - K.
+    Rows: {"frame", "line", "psnr", "ssim", "l1", "changed_l1", "changed_psnr", "known_frames"}, means over the clips.
+    What changes is counted from the last known frame, see `EditSampler.measure`. known_frames: N + 1 - K.
 
     clips, batch_size: as for `Counterfactuals`.
     """
@@ -101,22 +102,27 @@ class RollOut:
     ) -> Sequence[Mapping[str, Any]]:
         """See `vireo.validation.Evaluation`. Raises UserError for a sampler that is no EditSampler."""
         editor, known = _editor(sampler), 0
-        found: dict[str, list[Tensor]] = {"prediction": [], "copy-last": []}
+        found: dict[tuple[int, str], dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
         for _, batch, draws in _batches(stream, list(indices)[: self.clips], self.batch_size, device):
-            batch = encoder(batch, draws)
-            columns = editor.within(network, encoder, batch, draws, self.num_frames)
-            known = batch["frames"].shape[1] + 1 - columns["target"].shape[1]
-            for name, each in found.items():
-                # Each frame as a clip of its own: (B, K, 3, H, W) -> (B, K).
-                pair = (as_8_bit(columns[title]).flatten(0, 1)[:, None] for title in (name, "target"))
-                each.append(psnr(*pair).unflatten(0, columns["target"].shape[:2]))
-        if not found["prediction"]:
-            return []
-        means = {name: torch.cat(values).mean(dim=0).tolist() for name, values in found.items()}
-        steps = zip(*means.values(), strict=True)
+            columns = editor.within(network, encoder, encoder(batch, draws), draws, self.num_frames)
+            length = columns["target"].shape[1]
+            known = batch["frames"].shape[1] + 1 - length
+            truth = torch.cat([batch["frames"], batch["target"][:, None]], dim=1)
+            columns["copy-first"] = to_pixels(truth[:, :1], low=0.0).expand_as(columns["target"])
+            for number in range(length):
+                frame = {name: column[:, number, None] for name, column in columns.items()}
+                compared = {"frames": truth[:, known - 1, None], "target": truth[:, known + number]}
+                for line, measures in _figures(editor, network, encoder, compared, frame).items():
+                    for measure, values in measures.items():
+                        found[number + 1, line][measure].append(values)
         return [
-            {"frame": number, **dict(zip(means, step, strict=True)), "known_frames": known}
-            for number, step in enumerate(steps, 1)
+            {
+                "frame": number,
+                "line": line,
+                **{name: float(torch.cat(values).mean()) for name, values in measures.items()},
+                "known_frames": known,
+            }
+            for (number, line), measures in found.items()
         ]
 
 
@@ -165,7 +171,7 @@ def _figures(
     lines: dict[str, dict[str, Tensor]] = {}
     for name, column in columns.items():
         if name != "target" and name not in editor.unscored and column.shape == target.shape:
-            lines[name] = {"psnr": psnr(as_8_bit(column), target)}
+            lines[name] = {"psnr": psnr(as_8_bit(column), target), "ssim": ssim(as_8_bit(column), target)}
     for title, values in editor.measure(network, encoder, batch, columns).items():
         line, _, measure = title.rpartition("/")
         if measure != "changed_fraction":

@@ -36,7 +36,8 @@ class VideoInstructPix2PixPipeline(DiffusionPipeline):
     """The frame after a clip, by an instruction, from the clip's last N frames; N = 1 edits pictures.
 
     vae: frozen, latents of C channels. text_encoder, tokenizer: of CLIP's kind. unet: C + C N input channels, the noisy
-    latents first and then the frames from the oldest to the latest. scheduler: any of diffusers'.
+    latents first and then the frames from the oldest to the latest. scheduler: any of diffusers'. num_frames: N, which
+    the channels say too; model_index.json has it for readers.
     Raises UserError for a unet whose channels are not C + C N.
     """
 
@@ -56,6 +57,7 @@ class VideoInstructPix2PixPipeline(DiffusionPipeline):
         tokenizer: CLIPTokenizer,
         unet: UNet2DConditionModel,
         scheduler: KarrasDiffusionSchedulers,
+        num_frames: int | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
@@ -67,6 +69,9 @@ class VideoInstructPix2PixPipeline(DiffusionPipeline):
                 f"{channels} + {channels} N, that is {2 * channels} for N = 1. A text-to-image unet must be widened."
             )
         self.num_condition_frames = given // channels - 1
+        if num_frames not in (None, self.num_condition_frames):
+            raise UserError(f"num_frames={num_frames}, but the unet is for {self.num_condition_frames} frames")
+        self.register_to_config(num_frames=self.num_condition_frames)
 
     @classmethod
     def from_pretrained(

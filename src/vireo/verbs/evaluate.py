@@ -33,9 +33,8 @@ def main(words: Sequence[str]) -> int:
     given = arguments.read(words, ("step", "clips", "weights", "out"))
     clips = arguments.whole(given.own, "clips", None)
     from vireo import objects, report
-    from vireo.data.stream import Stream
     from vireo.sampling.columns import Remembered
-    from vireo.validation import SEED, means, means_by_task, score_clips
+    from vireo.validation import means, means_by_task, score_clips
     from vireo.verbs import trained
 
     network, about = trained.network(given)
@@ -43,7 +42,7 @@ def main(words: Sequence[str]) -> int:
     evaluations = objects.evaluations(given.settings)  # now, so that a mistake in the last one is told at once
     device, settings = trained.device(), given.settings["validation"]
     encoder.to(device)
-    stream = Stream(objects.dataset(given.settings, "validation"), SEED, shuffle=False)
+    stream = trained.held_out(given.settings, encoder)
     folder = Path(given.own.get("out", (given.folder or Path()) / "evaluation"))
     folder.mkdir(parents=True, exist_ok=True)
     indices = range(len(stream.dataset) if clips is None else min(clips, len(stream.dataset)))
@@ -52,7 +51,7 @@ def main(words: Sequence[str]) -> int:
         sampler = Remembered(sampler, Path(videos)) if evaluations else sampler
         scored = score_clips(network, encoder, loss, sampler, stream, indices, batch_size, device)
         scores, shown = _show_extremes(scored, settings, folder)
-        mean, tasks = means(scores), means_by_task(scores, settings["metric"])
+        mean, tasks = means(scores), means_by_task(scores)
         rows = [{"clip": score.name, **_honest(score.measures)} for score in scores]
         found: dict[str, Any] = {"weights": about, "device": str(device), "clips": len(scores), "notes": NOTES}
         found |= {

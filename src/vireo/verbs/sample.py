@@ -16,14 +16,13 @@ def main(words: Sequence[str]) -> int:
     clips = arguments.whole(given.own, "clips", 4)
     from vireo import objects
     from vireo.comparison import show
-    from vireo.data.stream import Stream
-    from vireo.validation import SEED, further_videos, score_clips
+    from vireo.validation import further_videos, score_clips
     from vireo.verbs import trained
 
     network, about = trained.network(given)
     encoder = objects.encoder(given.settings)
     encoder.to(trained.device())
-    stream = Stream(objects.dataset(given.settings, "validation"), SEED, shuffle=False)
+    stream = trained.held_out(given.settings, encoder)
     folder = Path(given.own.get("out", (given.folder or Path()) / "samples" / "by_hand"))
     folder.mkdir(parents=True, exist_ok=True)
     print(f"weights: {about}")

@@ -1,13 +1,17 @@
 """A trained network for the verbs: of a run (newest or a given step, averaged weights), or from a foreign file."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from vireo import checkpoint, objects, weights
+from vireo.data.stream import Stream
 from vireo.errors import UserError
 from vireo.mini import world
+from vireo.models.encoders import Encoder
 from vireo.models.network import Network
+from vireo.validation import SEED
 from vireo.verbs.arguments import Arguments, whole
 
 
@@ -40,6 +44,12 @@ def network(arguments: Arguments) -> tuple[Network, str]:
         weights.load_trained(made, {**found.tensors("network"), **found.tensors("ema")}, found.folder)
         about = f"{found.folder}{' (averaged)' if found.tensors('ema') else ''}"
     return made.eval().requires_grad_(False).to(device()), about
+
+
+def held_out(settings: dict[str, Any], encoder: Encoder) -> Stream:
+    """The clips that validation sees, by number; what the encoding cache has of them is not encoded again."""
+    cache = objects.cache(settings, encoder)
+    return Stream(objects.dataset(settings, "validation"), SEED, shuffle=False, cache=cache, keep_fields=True)
 
 
 def _checkpoint(folder: Path, step: int | None) -> checkpoint.Checkpoint:
