@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,25 @@ def _jobs(overrides: Sequence[str]) -> list[list[str]]:
     first = [values[0] for values in alternatives]
     others = [(place, word) for place, values in enumerate(alternatives) for word in values[1:]]
     return [first, *([*first[:place], word, *first[place + 1 :]] for place, word in others)]
+
+
+def swept(words: Sequence[str]) -> list[str]:
+    """Keys that take several values in a sweep with these words of a command line."""
+    keys = []
+    for word in get_args_parser().parse_args(list(words)).overrides:
+        try:
+            [override] = OverridesParser.create().parse_overrides([word])
+        except OverrideParseException:
+            continue
+        if override.is_sweep_override():
+            keys.append(override.key_or_group)
+    return keys
+
+
+def require_sweeper(words: Sequence[str]) -> None:
+    """Raises UserError for a search by Optuna where its plugin is not installed."""
+    if "hydra/sweeper=optuna" in words and find_spec("hydra_plugins.hydra_optuna_sweeper") is None:
+        raise UserError("hydra/sweeper=optuna needs Optuna's plugin for Hydra: pip install 'vireo[optuna]'")
 
 
 def _alternatives(word: str) -> list[str]:
