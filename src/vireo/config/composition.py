@@ -36,6 +36,7 @@ from vireo.errors import UserError
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 
 
+OPTUNA = "hydra/sweeper=optuna"
 NAMED_BY_OTHERS = ("model", "data", "loss")  # their choices stand in config.yaml's `sizes@…` entries
 
 
@@ -96,8 +97,11 @@ def explain_mistakes(words: Sequence[str]) -> Iterator[None]:
 def _in_hydras_spelling(word: str) -> str:
     """`tracker=null` and `~tracker` as `tracker=none`, where there is such an option; else `group=null` as `~group`.
 
-    Hydra will not have a group set to nothing, and a group that is taken away cannot be interpolated.
+    Hydra will not have a group set to nothing, and a group that is taken away cannot be interpolated. Nor does it
+    allow another file for an option of a plugin, so vireo's settings of Optuna stand under another name.
     """
+    if word == OPTUNA:
+        return "hydra/sweeper=search"
     group, equals, option = word.lstrip("~").partition("=")
     if not (option == "null" if equals else word.startswith("~")) or not places.is_group(group):
         return word
@@ -130,8 +134,9 @@ def swept(words: Sequence[str]) -> list[str]:
 
 def require_sweeper(words: Sequence[str]) -> None:
     """Raises UserError for a search by Optuna where its plugin is not installed."""
-    if "hydra/sweeper=optuna" in words and find_spec("hydra_plugins.hydra_optuna_sweeper") is None:
-        raise UserError("hydra/sweeper=optuna needs Optuna's plugin for Hydra: pip install 'vireo[optuna]'")
+    missing = not find_spec("hydra_plugins") or not find_spec("hydra_plugins.hydra_optuna_sweeper")
+    if OPTUNA in words and missing:
+        raise UserError(f"{OPTUNA} needs Optuna's plugin for Hydra: pip install 'vireo[optuna]'")
 
 
 def _alternatives(word: str) -> list[str]:
@@ -156,7 +161,8 @@ def diagnose(overrides: Sequence[str], error: Exception) -> list[Problem]:
     groups: list[Override] = []
     values: list[Override] = []
     for override in parsed:
-        (groups if places.is_group(override.key_or_group) else values).append(override)
+        chooses = override.key_or_group.startswith("hydra/") or places.is_group(override.key_or_group)
+        (groups if chooses else values).append(override)
     for override in list(groups):
         mistakes = list(_check_option(override))
         groups = [other for other in groups if other is not override or not mistakes]
@@ -211,6 +217,8 @@ def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[Problem]]:
 def _check_option(override: Override) -> Iterator[Problem]:
     """Whether the option that a word chooses exists."""
     group, option = override.key_or_group, override.value()
+    if group.startswith("hydra/"):
+        return  # Hydra's own and its plugins' options are checked by Hydra
     if override.is_delete() and group in NAMED_BY_OTHERS:
         yield Problem(group, f"is missing: choose an option with {group}=…", COMMAND_LINE)
     for name in option if isinstance(option, list) else [option]:
