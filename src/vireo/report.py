@@ -32,7 +32,8 @@ def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, further: S
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = [name for name in dict.fromkeys([*PANELS, *further]) if any(name in row for rows in runs.values() for row in rows)]
+    known = {name for rows in runs.values() for row in rows for name in row}
+    panels = [name for name in dict.fromkeys([*PANELS, *further]) if name in known]
     columns = min(3, max(1, len(panels)))
     lines = -(-max(1, len(panels)) // columns)
     figure, axes = plt.subplots(
@@ -45,7 +46,8 @@ def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, further: S
             points = [(row["step"], row[panel]) for row in rows if panel in row]
             look = {"color": f"C{place}"} if place < NAMED else {"color": "0.75", "linewidth": 0.8}
             marker = "o" if len(points) < 20 and place < NAMED else None
-            axis.plot(*zip(*points, strict=True), label=title, marker=marker, markersize=3, **look) if points else None
+            x, y = [step for step, _ in points], [value for _, value in points]
+            axis.plot(x, y, label=title, marker=marker, markersize=3, **look)
         if len(runs) == 1:
             _baselines(axis, panel, next(iter(runs.values())))
         axis.set_title(panel, fontsize=10)

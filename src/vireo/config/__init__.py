@@ -33,6 +33,6 @@ from vireo.config.validation import validate
 __all__ = [
     "Problem", "banner", "cache_name", "change", "compose", "conf_dir", "config_hash", "describe_experiments",
     "differences", "experiments", "explain_mistakes", "from_text", "instantiate", "load_resolved", "outputs_folder",
-    "problems", "public", "register", "report", "require_sweeper", "resolve", "run_folder", "run_name", "save_resolved", "settings",
-    "settled", "swept", "to_text", "validate",
+    "problems", "public", "register", "report", "require_sweeper", "resolve", "run_folder", "run_name",
+    "save_resolved", "settings", "settled", "swept", "to_text", "validate",
 ]  # fmt: skip

@@ -23,9 +23,7 @@ def settings(overrides: Sequence[str]) -> dict[str, Any]:
     return settled(compose(overrides), overrides)
 
 
-def settled(
-    cfg: DictConfig, overrides: Sequence[str] | None = None, swept: Sequence[str] = ()
-) -> dict[str, Any]:
+def settled(cfg: DictConfig, overrides: Sequence[str] | None = None, swept: Sequence[str] = ()) -> dict[str, Any]:
     """A composed config as the settings of a run: validated, resolved, with its run's name.
 
     overrides: the words it was composed from; None asks the running Hydra app. swept: keys that stand first in the
