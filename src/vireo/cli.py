@@ -15,6 +15,7 @@ VERBS = {
     "evaluate": "measure a trained network, or foreign weights, beside naive baselines",
     "export": "write what the ecosystem reads, from any checkpoint",
     "runs": "list the runs below outputs",
+    "report": "a sweep's table and curves, or a run's, as they are now",
 }
 
 

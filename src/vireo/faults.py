@@ -1,8 +1,10 @@
 """What can go wrong during a run, decided by all ranks together."""
 
+import ctypes
 import logging
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,6 +59,12 @@ def stop_on_signals() -> Iterator[StopRequest]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def die_with_parent() -> None:
+    """Ask Linux for a SIGTERM when the parent is killed, so that no orphan goes on writing into the run's folder."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 class Stopped(Exception):

@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from vireo import checkpoint, config, faults, report, run_folder
+from vireo import checkpoint, config, devices, faults, run_folder, sweeps
 from vireo.errors import UserError
-from vireo.tracking import read_metrics
+from vireo.side_by_side import Pending, SideBySide
 
 EXIT_FILE = ".exit"  # in the run's folder, beside resolved.yaml
 
@@ -34,74 +35,70 @@ class Job(NamedTuple):
     message: str = ""
 
 
+class SweepFolder(Callback):
+    """Hydra's callback that tells `main` where a sweep lies, whatever its launcher."""
+
+    last: Path | None = None
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        SweepFolder.last = Path(config.hydra.sweep.dir)
+
+
 def main(words: Sequence[str]) -> int:
     """Compose what the command line says (once, or once for each job of a sweep), validate it, and run it.
 
     Returns the worst exit code. Raises UserError for words that Hydra cannot compose.
     """
     config.register()
-    jobs: list[Job] = []
-    sweep: list[Path | None] = [None]
+    config.require_sweeper(words)
+    SweepFolder.last, codes, jobs = None, [], SideBySide()
 
     @hydra.main(version_base="1.3", config_path=str(config.conf_dir()), config_name="config")
-    def task(composed: DictConfig) -> float | None:
-        stopped = any(one.exit_code == faults.EXIT_STOPPED for one in jobs)
-        sweep[0] = sweep_folder()
-        jobs.append(job(composed, stopped))
-        return jobs[-1].best
+    def task(composed: DictConfig) -> Pending | float:
+        about = HydraConfig.get()
+        if about.mode == RunMode.MULTIRUN and about.launcher._target_.endswith(".BasicLauncher"):
+            words_of_job, folder, asked = list(about.overrides.task), Path(about.runtime.output_dir), composed.launcher
+            return jobs.start(lambda: job(composed, words).exit_code, folder, words_of_job, asked.jobs, asked.processes)
+        one = job(composed, words)
+        codes.append(one.exit_code)
+        return sweeps.objective(one.best, composed.validation.higher_is_better)
 
-    with config.explain_mistakes(words):
-        task()
-    return conclude(jobs, sweep[0])
+    try:
+        with config.explain_mistakes(words):
+            task()
+    except faults.Stopped as stopped:  # a search ends with the job that was stopped
+        print(stopped, file=sys.stderr)
+    finally:
+        jobs.close()
+    if SweepFolder.last is not None:
+        print(sweeps.show(SweepFolder.last))
+        return sweeps.exit_code(SweepFolder.last)
+    return max(codes, default=faults.EXIT_FINISHED)  # no job: --cfg, --help
 
 
-def job(composed: DictConfig, stopped: bool = False) -> Job:
+def job(composed: DictConfig, words: Sequence[str] = ()) -> Job:
     """Validate, resolve and run one composed config. A user's mistake is part of the answer, not an exception.
 
-    stopped: an earlier job of the sweep was stopped on request, so this one is not started.
+    words: the command line, whose swept keys come first in the run's name. A job of a sweep leaves a note of its end.
     """
-    overrides = list(HydraConfig.get().overrides.task)
-    if stopped:
-        return Job(overrides, None, faults.EXIT_STOPPED, message="not started: the sweep was stopped")
+    about = HydraConfig.get()
+    overrides, folder, swept = list(about.overrides.task), None, []
+    if about.mode == RunMode.MULTIRUN:
+        folder, swept = Path(about.runtime.output_dir), [*config.swept(words), *(about.sweeper.get("params") or ())]
+        sweeps.note(folder, overrides=overrides)
     try:
-        return run(config.settled(composed), overrides)
+        settings = config.settled(composed, swept=swept)
+        if folder is not None:
+            judged = {key: settings["validation"][key] for key in ("metric", "higher_is_better")}
+            sweeps.note(folder, run=str(config.run_folder(settings)), **judged)
+        done = run(settings, overrides)
     except UserError as mistake:
         print(mistake, file=sys.stderr)
-        return Job(overrides, None, faults.EXIT_MISTAKE, message=str(mistake))
-
-
-def sweep_folder() -> Path | None:
-    """Where the running Hydra app keeps its sweep; None for a single run."""
-    settings = HydraConfig.get()
-    return Path(settings.sweep.dir) if settings.mode == RunMode.MULTIRUN else None
-
-
-def conclude(jobs: Sequence[Job], folder: Path | None) -> int:
-    """The worst exit code; of a sweep also its table, as text and CSV, and all curves in one picture."""
+        done = Job(overrides, None, faults.EXIT_MISTAKE, message=str(mistake))
     if folder is not None:
-        common = set.intersection(*(set(one.overrides) for one in jobs)) if len(jobs) > 1 else set()
-        asked = [" ".join(word for word in one.overrides if word not in common) for one in jobs]
-        rows = [_row(number, one, words) for number, (one, words) in enumerate(zip(jobs, asked, strict=True))]
-        print(f"\n{report.table(rows)}\n\ntable   {report.write_csv(rows, folder / 'sweep.csv')}")
-        runs = {w: read_metrics(one.folder / "metrics.jsonl") for one, w in zip(jobs, asked, strict=True) if one.folder}
-        if runs:
-            print(f"curves  {report.draw(runs, folder / 'curves.png')}")
-    return max((one.exit_code for one in jobs), default=faults.EXIT_FINISHED)  # no job: --cfg, --help
-
-
-def _row(number: int, one: Job, words: str) -> dict[str, Any]:
-    states = {faults.EXIT_FINISHED: "finished", faults.EXIT_STOPPED: "stopped", faults.EXIT_MISTAKE: "mistake"}
-    about = report.state_of(one.folder) if one.folder else {}
-    return {
-        "job": number,
-        "overrides": words,
-        "state": states.get(one.exit_code, f"failed ({one.exit_code})"),
-        "best": one.best,
-        "loss": about.get("loss"),
-        "steps": about.get("steps"),
-        "seconds_per_step": about.get("seconds_per_step"),
-        "run": str(one.folder) if one.folder else one.message.partition("\n")[0],
-    }
+        place = {"run": str(done.folder)} if done.folder else {}
+        sweeps.note(folder, exit_code=done.exit_code, message=done.message, best=done.best, **place)
+    return done
 
 
 def run(settings: dict[str, Any], overrides: Sequence[str]) -> Job:
@@ -211,20 +208,12 @@ def _start_once(resolved: Path, processes: int, held: int) -> int:
 
 def number_of_processes(asked: int | str) -> int:
     """`auto` is one for each visible GPU, at least one. Raises UserError for more processes than GPUs."""
-    gpus = _visible_gpus()
+    gpus = len(devices.visible_gpus())
     if asked == "auto":
         return max(1, gpus)
     if gpus and int(asked) > gpus:
         raise UserError(f"launcher.processes={asked}, but {gpus} GPUs are visible; use at most that many, or auto")
     return int(asked)
-
-
-def _visible_gpus() -> int:
-    """GPUs that a worker would see, without importing torch here."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([part for part in visible.split(",") if part.strip() and part.strip() != "-1"])
-    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
 
 
 @contextmanager

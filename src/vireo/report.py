@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from vireo.run_folder import finished, is_locked
 from vireo.tracking import read_metrics
 
 PANELS = ("loss", "validation/psnr", "validation/loss", "grad_norm", "lr", "seconds_per_step")
+NAMED = 10  # curves of a picture that have a colour of their own
 
 
 def curves(folder: Path) -> Path:
@@ -20,14 +22,18 @@ def curves(folder: Path) -> Path:
     return draw({folder.name: rows}, folder / "curves.png")
 
 
-def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> Path:
-    """Curves of one or more runs in one picture, a panel for each of PANELS that any run has."""
+def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, further: Sequence[str] = ()) -> Path:
+    """Curves of one or more runs in one picture, a panel for each of PANELS and `further` that any run has.
+
+    runs: by title, the best first. The first NAMED have colours and stand in the legend, the others are grey.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = [name for name in PANELS if any(name in row for rows in runs.values() for row in rows)]
+    known = {name for rows in runs.values() for row in rows for name in row}
+    panels = [name for name in dict.fromkeys([*PANELS, *further]) if name in known]
     columns = min(3, max(1, len(panels)))
     lines = -(-max(1, len(panels)) // columns)
     figure, axes = plt.subplots(
@@ -36,10 +42,12 @@ def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> Path:
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for axis, panel in zip(axes.flat, panels, strict=False):
-        for title, rows in runs.items():
+        for place, (title, rows) in reversed(list(enumerate(runs.items()))):  # the best one is drawn last, on top
             points = [(row["step"], row[panel]) for row in rows if panel in row]
-            marker = "o" if len(points) < 20 else None
-            axis.plot([x for x, _ in points], [y for _, y in points], label=title, marker=marker, markersize=3)
+            look = {"color": f"C{place}"} if place < NAMED else {"color": "0.75", "linewidth": 0.8}
+            marker = "o" if len(points) < 20 and place < NAMED else None
+            x, y = [step for step, _ in points], [value for _, value in points]
+            axis.plot(x, y, label=title, marker=marker, markersize=3, **look)
         if len(runs) == 1:
             _baselines(axis, panel, next(iter(runs.values())))
         axis.set_title(panel, fontsize=10)
@@ -48,10 +56,23 @@ def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> Path:
         if panel in ("loss", "grad_norm"):
             axis.set_yscale("log")
     if len(runs) > 1 and panels:
-        axes.flat[0].legend(fontsize=7)
+        _legend(figure, list(runs))
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
+
+
+def _legend(figure: Any, titles: Sequence[str]) -> None:
+    """Below the panels, where it hides no curve; the grey ones share an entry."""
+    from matplotlib.lines import Line2D
+
+    shown = [(title if len(title) <= 60 else f"{title[:59]}…") for title in titles[:NAMED]]
+    lines = [Line2D([], [], color=f"C{place}") for place in range(len(shown))]
+    if len(titles) > NAMED:
+        shown.append(f"{len(titles) - NAMED} others")
+        lines.append(Line2D([], [], color="0.75", linewidth=0.8))
+    columns = max(1, min(4, 150 // max(map(len, shown))))
+    figure.legend(lines, shown, loc="outside lower center", ncols=columns, fontsize=8)
 
 
 def _baselines(axis: Any, panel: str, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -97,24 +118,36 @@ def comparison(figures: Mapping[str, float]) -> str:
     return table([{"": title, **{measure: row.get(measure) for measure in measures}} for title, row in lines.items()])
 
 
-def state_of(folder: Path) -> dict[str, Any]:
-    """One run in a row: how far it is, how good, and whether it is done."""
+def state_of(folder: Path, metric: str = "psnr", higher_is_better: bool = True) -> dict[str, Any]:
+    """One run in a row: how far it is, how good by the metric, how long its steps took, and whether it is done.
+
+    seconds: of all steps together, validation and saving apart.
+    """
     rows = read_metrics(folder / "metrics.jsonl")
     marker = finished(folder)
     saved = checkpoint.steps(folder)
+    values = [row[f"validation/{metric}"] for row in rows if f"validation/{metric}" in row]
+    values = [value for value in values if math.isfinite(value)]
     best = (marker or {}).get("best") or {}
-    psnr = [row["validation/psnr"] for row in rows if "validation/psnr" in row]
     seconds = [row["seconds_per_step"] for row in rows if "seconds_per_step" in row]
     return {
         "run": folder.name,
         "state": "running" if is_locked(folder) else "finished" if marker else "stopped" if saved else "no checkpoint",
         "steps": rows[-1]["step"] if rows else 0,
         "checkpoint": saved[-1] if saved else None,
-        "best": best.get("value", max(psnr) if psnr else None),
+        "best": best.get("value", (max if higher_is_better else min)(values, default=None)),
         "loss": next((row["loss"] for row in reversed(rows) if "loss" in row), None),
         "seconds_per_step": sorted(seconds)[len(seconds) // 2] if seconds else None,
+        "seconds": _seconds(rows),
         "overrides": " ".join(_overrides(folder)),
     }
+
+
+def _seconds(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """A row's seconds_per_step is the mean since the row before."""
+    timed = [(row["step"], row["seconds_per_step"]) for row in rows if "seconds_per_step" in row]
+    before = [0, *(step for step, _ in timed)]
+    return sum((step - last) * each for (step, each), last in zip(timed, before, strict=False)) if timed else None
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -4,12 +4,10 @@ It builds the Model, Dataset and Loss objects of the resolved config, takes up t
 the loop (training.py). What happens at a step's boundary (validate, save, export) is decided here.
 """
 
-import ctypes
 import logging
 import math
 import os
 import shutil
-import signal
 import sys
 import time
 import traceback
@@ -254,7 +252,7 @@ class Run:
                 f"{', '.join(sorted(n.removeprefix('validation/') for n in self.figures))}"
             )
         value, sign = self.figures[name], 1 if settings["higher_is_better"] else -1
-        if self.best is not None and sign * value <= sign * self.best["value"]:
+        if not math.isfinite(value) or (self.best is not None and sign * value <= sign * self.best["value"]):
             return False
         self.best = {"step": step, "value": value}
         return True
@@ -373,12 +371,6 @@ def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _die_with_parent() -> None:
-    """Ask Linux for a SIGTERM when the parent is killed, so that no orphan goes on writing into the run's folder."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-
-
 def main(path: Path) -> int:
     """Run one process on a resolved config; returns its exit code, which the main process also leaves in `.exit`."""
     code = _main(path)
@@ -389,7 +381,7 @@ def main(path: Path) -> int:
 
 
 def _main(path: Path) -> int:
-    _die_with_parent()
+    faults.die_with_parent()
     tracking.silence_telemetry()
     settings, folder = config.load_resolved(path), path.parent
     try:

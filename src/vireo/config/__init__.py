@@ -11,7 +11,7 @@ instantiation   settings -> objects
 describe        help texts, a run's first lines
 """
 
-from vireo.config.composition import compose, explain_mistakes, problems
+from vireo.config.composition import compose, explain_mistakes, problems, require_sweeper, swept
 from vireo.config.describe import banner, describe_experiments, experiments, public
 from vireo.config.identity import cache_name, config_hash, differences, run_folder, run_name
 from vireo.config.instantiation import instantiate
@@ -33,6 +33,6 @@ from vireo.config.validation import validate
 __all__ = [
     "Problem", "banner", "cache_name", "change", "compose", "conf_dir", "config_hash", "describe_experiments",
     "differences", "experiments", "explain_mistakes", "from_text", "instantiate", "load_resolved", "outputs_folder",
-    "problems", "public", "register", "report", "resolve", "run_folder", "run_name", "save_resolved", "settings",
-    "settled", "to_text", "validate",
+    "problems", "public", "register", "report", "require_sweeper", "resolve", "run_folder", "run_name",
+    "save_resolved", "settings", "settled", "swept", "to_text", "validate",
 ]  # fmt: skip

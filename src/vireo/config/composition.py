@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from vireo.errors import UserError
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 
 
+OPTUNA = "hydra/sweeper=optuna"
 NAMED_BY_OTHERS = ("model", "data", "loss")  # their choices stand in config.yaml's `sizes@…` entries
 
 
@@ -95,8 +97,11 @@ def explain_mistakes(words: Sequence[str]) -> Iterator[None]:
 def _in_hydras_spelling(word: str) -> str:
     """`tracker=null` and `~tracker` as `tracker=none`, where there is such an option; else `group=null` as `~group`.
 
-    Hydra will not have a group set to nothing, and a group that is taken away cannot be interpolated.
+    Hydra will not have a group set to nothing, and a group that is taken away cannot be interpolated. Nor does it
+    allow another file for an option of a plugin, so vireo's settings of Optuna stand under another name.
     """
+    if word == OPTUNA:
+        return "hydra/sweeper=search"
     group, equals, option = word.lstrip("~").partition("=")
     if not (option == "null" if equals else word.startswith("~")) or not places.is_group(group):
         return word
@@ -112,6 +117,26 @@ def _jobs(overrides: Sequence[str]) -> list[list[str]]:
     first = [values[0] for values in alternatives]
     others = [(place, word) for place, values in enumerate(alternatives) for word in values[1:]]
     return [first, *([*first[:place], word, *first[place + 1 :]] for place, word in others)]
+
+
+def swept(words: Sequence[str]) -> list[str]:
+    """Keys that take several values in a sweep with these words of a command line."""
+    keys = []
+    for word in get_args_parser().parse_args(list(words)).overrides:
+        try:
+            [override] = OverridesParser.create().parse_overrides([word])
+        except OverrideParseException:
+            continue
+        if override.is_sweep_override():
+            keys.append(override.key_or_group)
+    return keys
+
+
+def require_sweeper(words: Sequence[str]) -> None:
+    """Raises UserError for a search by Optuna where its plugin is not installed."""
+    missing = not find_spec("hydra_plugins") or not find_spec("hydra_plugins.hydra_optuna_sweeper")
+    if OPTUNA in words and missing:
+        raise UserError(f"{OPTUNA} needs Optuna's plugin for Hydra: pip install 'vireo[optuna]'")
 
 
 def _alternatives(word: str) -> list[str]:
@@ -136,7 +161,8 @@ def diagnose(overrides: Sequence[str], error: Exception) -> list[Problem]:
     groups: list[Override] = []
     values: list[Override] = []
     for override in parsed:
-        (groups if places.is_group(override.key_or_group) else values).append(override)
+        chooses = override.key_or_group.startswith("hydra/") or places.is_group(override.key_or_group)
+        (groups if chooses else values).append(override)
     for override in list(groups):
         mistakes = list(_check_option(override))
         groups = [other for other in groups if other is not override or not mistakes]
@@ -191,6 +217,8 @@ def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[Problem]]:
 def _check_option(override: Override) -> Iterator[Problem]:
     """Whether the option that a word chooses exists."""
     group, option = override.key_or_group, override.value()
+    if group.startswith("hydra/"):
+        return  # Hydra's own and its plugins' options are checked by Hydra
     if override.is_delete() and group in NAMED_BY_OTHERS:
         yield Problem(group, f"is missing: choose an option with {group}=…", COMMAND_LINE)
     for name in option if isinstance(option, list) else [option]:

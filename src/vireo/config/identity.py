@@ -28,15 +28,20 @@ def config_hash(resolved: dict[str, Any]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=DIGITS // 2).hexdigest()
 
 
-def run_name(overrides: Sequence[str], resolved: dict[str, Any]) -> str:
+def run_name(overrides: Sequence[str], resolved: dict[str, Any], swept: Sequence[str] = ()) -> str:
     """The name of a run's folder: its size, the overrides in short, the hash. Letters, digits, - _ . ; at most 60.
 
     Overrides that do not shape the result are left out, the rest is sorted, so the order of words does not matter.
+    Those of swept keys stand first, and what has no room is left out whole: runs of a sweep can be told apart.
     """
-    parts = [str(resolved["size"]), *sorted(_short(word, resolved) for word in overrides if _shapes(word))]
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join(parts))
-    digest = config_hash(resolved)
-    return f"{name[: LONGEST_NAME - DIGITS - 1].rstrip('._-')}-{digest}"
+    chosen = sorted((_key(word) not in swept, _short(word, resolved)) for word in overrides if _shapes(word))
+    room = LONGEST_NAME - DIGITS - 1
+    name = str(resolved["size"])
+    for later, part in chosen:
+        longer = f"{name}_{re.sub(r'[^A-Za-z0-9._-]+', '-', part)}"
+        if not later or len(longer) <= room:
+            name = longer
+    return f"{name[:room].rstrip('._-')}-{config_hash(resolved)}"
 
 
 def run_folder(resolved: dict[str, Any]) -> Path:
@@ -52,14 +57,14 @@ def cache_name(resolved: dict[str, Any]) -> str:
     return f"{resolved['experiment']}-{resolved['size']}-{digest}"
 
 
-def named(resolved: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+def named(resolved: dict[str, Any], overrides: Sequence[str], swept: Sequence[str] = ()) -> dict[str, Any]:
     """The config with its run's name, unless it has one.
 
     A folder with the same hash is the same run, even if it was started with other words for the same values.
     """
     if resolved["run"] is not None:
         return resolved
-    name = run_name(overrides, resolved)
+    name = run_name(overrides, resolved, swept)
     beside = Path(resolved["paths"]["outputs"]) / resolved["experiment"]
     same = sorted(path.name for path in beside.glob(f"*-{config_hash(resolved)}"))
     return {**resolved, "run": name if name in same or not same else same[0]}
@@ -129,9 +134,13 @@ def _is_mini_world(root: str) -> bool:
     return re.search(r"/vireo/mini-[^/]+/(data|weights)$", root) is not None
 
 
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
+
+
 def _shapes(override: str) -> bool:
     """Whether an override is worth a place in the run's name."""
-    key = override.partition("=")[0].lstrip("+~")
+    key = _key(override)
     return key not in ("experiment", "size") and not key.startswith("hydra") and not _within(key, NOT_PART_OF_A_RUN)
 
 

@@ -24,16 +24,17 @@ def settings(overrides: Sequence[str]) -> dict[str, Any]:
     return settled(compose(overrides), overrides)
 
 
-def settled(cfg: DictConfig, overrides: Sequence[str] | None = None) -> dict[str, Any]:
+def settled(cfg: DictConfig, overrides: Sequence[str] | None = None, swept: Sequence[str] = ()) -> dict[str, Any]:
     """A composed config as the settings of a run: validated, resolved, with its run's name.
 
-    overrides: the words it was composed from; None asks the running Hydra app. Raises UserError with all mistakes.
+    overrides: the words it was composed from; None asks the running Hydra app. swept: keys that stand first in the
+    run's name. Raises UserError with all mistakes.
     """
     words = list(HydraConfig.get().overrides.task) if overrides is None else list(overrides)
     problems = validate(cfg, words)
     if problems:
         raise UserError(report(problems))
-    return identity.named(resolve(cfg), words)
+    return identity.named(resolve(cfg), words, swept)
 
 
 def outputs_folder() -> Path:

@@ -111,6 +111,7 @@ class Launcher:
     processes: int | str = knob("processes to start, or auto: one for each visible GPU", at_least=1)
     timeout: float = knob("seconds after which a collective that a process has left ends the run", above=0)
     restarts: int = knob("how often the processes are started again after a fault", at_least=0)
+    jobs: int = knob("runs of a sweep side by side, each with its share of GPUs or threads", 1, at_least=1)
 
 
 @dataclass

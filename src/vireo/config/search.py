@@ -36,6 +36,7 @@ def register() -> None:
     ConfigStore.instance().store(name="schema", node=Config)
     OmegaConf.register_new_resolver("mini_world", mini_world, replace=True)
     OmegaConf.register_new_resolver("vireo_help", describe.help_section, replace=True)
+    OmegaConf.register_new_resolver("vireo_direction", direction, replace=True)
 
 
 def mini_world(part: str) -> str:
@@ -44,6 +45,11 @@ def mini_world(part: str) -> str:
 
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return str(cache / "vireo" / f"mini-{world.version()}" / part)
+
+
+def direction(higher_is_better: bool) -> str:
+    """`${vireo_direction:${validation.higher_is_better}}`: what Optuna calls it."""
+    return "maximize" if higher_is_better else "minimize"
 
 
 @contextmanager

@@ -25,6 +25,7 @@ OPTIONAL = {
     "tensorboard": "tracker=tensorboard",
     "bitsandbytes": "8-bit optimizers (GPU only)",
     "submitit": "launcher=slurm",
+    "hydra-optuna-sweeper": "hydra/sweeper=optuna",
 }
 MIB = 2**20
 

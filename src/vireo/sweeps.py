@@ -1,0 +1,124 @@
+"""What a sweep leaves behind: a note for each job, and from the notes a table and one picture of all curves.
+
+`<sweep>/<number>/job.json` holds what the job was asked and how it ended; its figures lie in its run's folder.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vireo import faults, report, run_folder
+from vireo.tracking import read_metrics
+
+NOTE = "job.json"
+ENDED = {faults.EXIT_FINISHED: "finished", faults.EXIT_STOPPED: "stopped", faults.EXIT_MISTAKE: "mistake"}
+
+
+def note(folder: Path, **facts: Any) -> None:
+    """Add facts to the note of the job whose folder this is: overrides, run, exit_code, message, best, metric, …"""
+    folder.mkdir(parents=True, exist_ok=True)
+    run_folder.write_json(folder / NOTE, {**read(folder), **facts})
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The note of one job; empty if there is none yet."""
+    path = folder / NOTE
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def notes(sweep: Path) -> dict[int, dict[str, Any]]:
+    """The notes of all jobs that a sweep has begun, by number."""
+    folders = [path.parent for path in sweep.glob(f"*/{NOTE}") if path.parent.name.isdigit()]
+    return {int(folder.name): read(folder) for folder in sorted(folders, key=lambda path: int(path.name))}
+
+
+def objective(best: float | None, higher_is_better: bool) -> float:
+    """What a search minimises or maximises: a failed job, or one without a finite figure, is infinitely bad."""
+    if best is None or not math.isfinite(best):
+        return -math.inf if higher_is_better else math.inf
+    return best
+
+
+def exit_code(sweep: Path) -> int:
+    """The worst of all jobs; a fault if one left no code, or if there was no job."""
+    codes = [one.get("exit_code") for one in notes(sweep).values()] or [None]
+    return max(faults.EXIT_FAULT if code is None else code for code in codes)
+
+
+def rows(sweep: Path) -> list[dict[str, Any]]:
+    """A row for each job: overrides in which it differs from the others, best figure, steps, seconds, state, run.
+
+    State and figures are those that the run's folder has now, so a job that was mended by hand is finished here too.
+    """
+    found = notes(sweep)
+    return [_row(number, one, words) for (number, one), words in zip(found.items(), _titles(found), strict=True)]
+
+
+def show(sweep: Path) -> str:
+    """Table, failed jobs and the best one as text; writes `sweep.csv` and `curves.png` into the sweep's folder."""
+    table = rows(sweep)
+    lines = ["", report.table(table), ""]
+    for row, one in zip(table, notes(sweep).values(), strict=True):
+        if one.get("exit_code") not in (None, faults.EXIT_FINISHED) and row["state"] != "finished":
+            said = (one.get("message") or "").strip() or f"see {one.get('run')}/train.log"
+            lines.append(f"job {row['job']} ({row['overrides']}) {row['state']}: {said}")
+    best = _best(table, notes(sweep))
+    if best is not None:
+        lines.append(f"best    job {table[best]['job']} ({table[best]['overrides']}): {table[best]['best']:.4g}")
+    lines.append(f"table   {report.write_csv(table, sweep / 'sweep.csv')}")
+    picture = curves(sweep)
+    return "\n".join([*lines, f"curves  {picture}"] if picture else lines)
+
+
+def curves(sweep: Path) -> Path | None:
+    """All runs of a sweep in one picture, the best ones by name; None if none has a figure yet."""
+    found = notes(sweep)
+    table = rows(sweep)
+    order = sorted(range(len(table)), key=lambda place: _merit(table[place], list(found.values())[place]))
+    runs = {}
+    for place in order:
+        one, row = list(found.values())[place], table[place]
+        figures = read_metrics(Path(one["run"]) / "metrics.jsonl") if one.get("run") else []
+        if figures:
+            runs[f"{row['job']}: {row['overrides']}"] = figures
+    metrics = [f"validation/{one['metric']}" for one in found.values() if one.get("metric")]
+    return report.draw(runs, sweep / "curves.png", metrics) if runs else None
+
+
+def _titles(found: Mapping[int, Mapping[str, Any]]) -> list[str]:
+    """The words of each job that not all jobs share."""
+    words = [one.get("overrides", []) for one in found.values()]
+    common = set.intersection(*map(set, words)) if len(words) > 1 else set()
+    return [" ".join(word for word in own if word not in common) for own in words]
+
+
+def _row(number: int, one: Mapping[str, Any], words: str) -> dict[str, Any]:
+    folder, metric = one.get("run"), one.get("metric") or "psnr"
+    about = report.state_of(Path(folder), metric, one.get("higher_is_better", True)) if folder else {}
+    code = one.get("exit_code")
+    ended = ENDED.get(code, f"failed ({code})") if code is not None else about.get("state", "beginning")
+    return {
+        "job": number,
+        "overrides": words,
+        "state": about["state"] if about.get("state") in ("finished", "running") else ended,
+        "best": about.get("best"),
+        "metric": metric,
+        "loss": about.get("loss"),
+        "steps": about.get("steps"),
+        "seconds": about.get("seconds"),
+        "run": folder or (one.get("message") or "").partition("\n")[0],
+    }
+
+
+def _merit(row: Mapping[str, Any], one: Mapping[str, Any]) -> float:
+    """Sorts the best first."""
+    higher = one.get("higher_is_better", True)
+    return (-1 if higher else 1) * objective(row["best"], higher)
+
+
+def _best(table: Sequence[Mapping[str, Any]], found: Mapping[int, Mapping[str, Any]]) -> int | None:
+    merits = [_merit(row, one) for row, one in zip(table, found.values(), strict=True)]
+    place = min(range(len(merits)), key=merits.__getitem__, default=None)
+    return place if place is not None and math.isfinite(merits[place]) else None

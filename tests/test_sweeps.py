@@ -1,0 +1,175 @@
+"""Notes, tables and pictures of sweeps, and sweeps from the command line with a toy in the place of the workers."""
+
+import csv
+import importlib.util
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from vireo import cli, config, faults, launch, run_folder, sweeps
+from vireo.errors import UserError
+from vireo.verbs import report
+
+
+def make_run(folder: Path, psnr: list[float], finished: bool = True) -> Path:
+    folder.mkdir(parents=True)
+    rows = [{"step": s, "loss": 1 / s, "seconds_per_step": 0.5} for s in range(2, 2 * len(psnr) + 1, 2)]
+    rows += [{"step": 2 * number, "validation/psnr": value} for number, value in enumerate(psnr, 1)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if finished:
+        best = {"step": 2, "value": max(psnr)}
+        run_folder.write_json(folder / "finished", {"step": 2 * len(psnr), "best": best, "figures": {}})
+    return folder
+
+
+@pytest.fixture
+def sweep(tmp_path) -> Path:
+    """Three jobs: one finished, one better but stopped, one with a mistake."""
+    sweep = tmp_path / "sweeps" / "first"
+    runs = [make_run(tmp_path / "toy" / "a", [20.0, 21.0]), make_run(tmp_path / "toy" / "b", [20.0, 23.0], False)]
+    about = {"metric": "psnr", "higher_is_better": True}
+    sweeps.note(sweep / "0", overrides=["seed=0", "lr=1"], run=str(runs[0]), exit_code=0, best=21.0, **about)
+    sweeps.note(sweep / "1", overrides=["seed=0", "lr=2"], run=str(runs[1]), exit_code=75, **about)
+    sweeps.note(sweep / "10", overrides=["seed=0", "lr=fast"], exit_code=2, message="lr: is 'fast'\nmore words")
+    return sweep
+
+
+def test_a_row_for_each_job_in_order(sweep):
+    rows = sweeps.rows(sweep)
+    assert [row["job"] for row in rows] == [0, 1, 10]
+    assert [row["overrides"] for row in rows] == ["lr=1", "lr=2", "lr=fast"]
+    assert [row["state"] for row in rows] == ["finished", "no checkpoint", "mistake"] or rows[1]["state"] == "stopped"
+    assert [row["best"] for row in rows] == [21.0, 23.0, None]
+    assert [row["steps"] for row in rows] == [4, 4, None] and rows[0]["seconds"] == 2.0
+    assert rows[2]["run"] == "lr: is 'fast'"
+
+
+def test_the_exit_code_is_the_worst(sweep, tmp_path):
+    assert sweeps.exit_code(sweep) == 75
+    sweeps.note(tmp_path / "other" / "0", overrides=[])  # a job that left no code
+    assert sweeps.exit_code(tmp_path / "other") == 1
+    assert sweeps.exit_code(tmp_path / "nothing") == 1
+
+
+def test_the_report_names_what_failed_and_what_is_best(sweep, tmp_path, capsys):
+    words = ["sweep=first", f"paths.outputs={tmp_path}"]
+    assert cli.run_verb("report", words) == 0
+    said = capsys.readouterr().out
+    assert "job 10 (lr=fast) mistake: lr: is 'fast'\nmore words" in said and "job 1 (lr=2) stopped: see" in said
+    assert "best    job 1 (lr=2): 23" in said
+    with open(sweep / "sweep.csv") as file:
+        assert [row["overrides"] for row in csv.DictReader(file)] == ["lr=1", "lr=2", "lr=fast"]
+    with Image.open(sweep / "curves.png") as picture:
+        assert picture.width > 600
+
+
+def test_a_job_that_was_mended_by_hand_is_finished(sweep, tmp_path):
+    run_folder.write_json(tmp_path / "toy" / "b" / "finished", {"step": 4, "best": {"step": 4, "value": 24.0}})
+    row = sweeps.rows(sweep)[1]
+    assert (row["state"], row["best"]) == ("finished", 24.0) and "job 1 (lr=2) stopped" not in sweeps.show(sweep)
+
+
+def test_lower_can_be_better(sweep):
+    for number in (0, 1):
+        sweeps.note(sweep / str(number), higher_is_better=False)
+    assert "best    job 1 (lr=2): 20" in sweeps.show(sweep)  # its lowest figure; the finished one's marker says 21
+
+
+def test_what_a_search_is_told():
+    assert sweeps.objective(3.0, True) == 3.0
+    for bad in (None, math.nan, math.inf, -math.inf):
+        assert sweeps.objective(bad, True) == -math.inf and sweeps.objective(bad, False) == math.inf
+
+
+def test_a_sweep_that_is_not_there(tmp_path, sweep):
+    with pytest.raises(UserError, match="sweep=second is neither.*\n  first"):
+        report.main(["sweep=second", f"paths.outputs={tmp_path}"])
+    with pytest.raises(UserError, match="takes either sweep=.* or run="):
+        report.main(["sweep=first", "run=a"])
+
+
+def toy(resolved: Path, launcher: dict, held: int) -> int:
+    """In the place of the workers: the best figure is a function of lr, greatest at 1e-3 and no number above 1e-2."""
+    settings = config.load_resolved(resolved)
+    with open(Path(settings["paths"]["outputs"]) / "started", "a") as log:
+        log.write(f"{resolved.parent.name} {os.environ.get('OMP_NUM_THREADS')}\n")
+    if settings["seed"] == 13:
+        return faults.EXIT_FAULT
+    value = math.nan if settings["lr"] > 1e-2 else -abs(math.log10(settings["lr"]) + 3)
+    run_folder.write_json(resolved.parent / "finished", {"step": settings["steps"], "best": {"value": value}})
+    return faults.EXIT_FINISHED
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch, capfd):
+    """train("lr=1,2", …) -> (exit code, what was printed, jobs that were started so far)."""
+    monkeypatch.setenv("VIREO_OUTPUTS", str(tmp_path))
+    monkeypatch.setattr(launch, "start", toy)
+
+    def call(*words: str) -> tuple[int, str, list[str]]:
+        monkeypatch.setattr(sys, "argv", ["vireo", "train", "-m", "tracker=none", *words])
+        capfd.readouterr()
+        code = cli.vireo()
+        started = (tmp_path / "started").read_text().splitlines() if (tmp_path / "started").exists() else []
+        return code, "".join(capfd.readouterr()), started
+
+    return call
+
+
+def table(outputs: Path) -> list[dict]:
+    last = max((outputs / "sweeps").iterdir())
+    with open(last / "sweep.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_failed_job_stops_no_other_and_what_is_missing_is_done_later(train, tmp_path, monkeypatch):
+    words = ["experiment=taehv", "seed=1,13,3", "launcher.jobs=2"]
+    code, said, started = train(*words)
+    assert code == 1 and len(started) == 3
+    assert [row["state"] for row in table(tmp_path)] == ["finished", "failed (1)", "finished"]
+    assert "job 1 (seed=13) failed (1): see " in said
+    _, _, started = train(*words)
+    assert len(started) == 4 and started[3].startswith("mini_seed-13-")
+
+
+def test_experiments_by_pattern_and_ranges(train, tmp_path):
+    code, _, started = train("experiment=glob(taehv*,exclude=*wan)", "seed=range(1,3)")
+    assert code == 0 and len(started) == 4
+    assert {row["overrides"] for row in table(tmp_path)} == {
+        f"experiment={name} seed={seed}" for name in ("taehv", "taehv_seraena") for seed in (1, 2)
+    }
+
+
+def test_names_of_runs_in_a_sweep_begin_with_what_is_swept(train):
+    long = ["batch_size=3", "ema.decay=0.123", "height=96", "logging.every=7", "max_grad_norm=0.3", "warmup_steps=7"]
+    code, said, started = train("experiment=taehv", *long, "width=96,128")
+    assert code == 0, said
+    assert [name.split("_")[:2] for name in started] == [["mini", "width-96"], ["mini", "width-128"]]
+    assert all("_batch_size-3_" in name and len(name.split()[0]) <= 60 for name in started)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("optuna") is None, reason="needs Optuna: pip install 'vireo[optuna]'")
+@pytest.mark.parametrize("higher_is_better", [True, pytest.param(False, marks=pytest.mark.full)])
+def test_optuna_seeks_the_best_figure_and_finds_finished_runs_again(train, tmp_path, higher_is_better):
+    words = ["experiment=taehv", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=4", "hydra.sweeper.n_jobs=4"]
+    words += ["lr=choice(1e-4,1e-3,5e-2)", f"validation.higher_is_better={higher_is_better}", "seed=5"]
+    code, said, started = train(*words)
+    assert code == 0, said
+    tried = {row["overrides"] for row in table(tmp_path)}
+    best = "lr=0.001" if higher_is_better else "lr=0.0001"
+    assert f"Directions: ['{'maximize' if higher_is_better else 'minimize'}']" in said
+    assert {best, "lr=0.05"} <= tried, "another seed of the sampler is needed for this test"
+    assert f"Best parameters: {{'lr': {best.removeprefix('lr=')}}}" in said
+    assert len(started) == len(tried)
+    assert train(*words)[2] == started
+
+
+def test_optuna_that_is_not_installed_is_told(train, monkeypatch):
+    monkeypatch.setattr("vireo.config.composition.find_spec", lambda name: None)
+    code, said, _ = train("hydra/sweeper=optuna", "lr=interval(1e-4,1e-3)")
+    assert code == 2 and "pip install 'vireo[optuna]'" in said
