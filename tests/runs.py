@@ -10,6 +10,7 @@ from pathlib import Path
 import accelerate  # noqa: F401 - imported here so that no forked worker has to
 import matplotlib.pyplot  # noqa: F401
 import torch._dynamo  # noqa: F401 - which torch's optimizers import
+import torchmetrics.functional.image  # noqa: F401
 
 from vireo import config, worker
 from vireo.console import set_up_logging

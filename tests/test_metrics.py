@@ -63,21 +63,3 @@ def test_videos_are_measured_on_8_bit_pixels():
     assert metrics.measure_video(target + 0.4 / 255, target)["mse"] == 0
     assert metrics.measure_video(target + 0.6 / 255, target)["mse"] == pytest.approx((1 / 255) ** 2)
     assert metrics.measure_video(target + 5, target)["mse"] == pytest.approx((155 / 255) ** 2)
-
-
-@pytest.mark.parametrize("height, width", [(24, 32), (11, 16), (9, 8), (3, 40)])
-def test_ssim_equals_that_of_torchmetrics(height, width):
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
-    target = generator_video(2, 3, height, width)
-    near = (target + 0.1 * generator_video(2, 3, height, width).flip(-1)).clamp(0, 1)
-    side = min(11, height - 1 + height % 2, width - 1 + width % 2)
-    theirs = structural_similarity_index_measure(
-        near.flatten(0, 1), target.flatten(0, 1), sigma=1.5 * side / 11, data_range=1.0, reduction="none"
-    )
-    torch.testing.assert_close(metrics.ssim(near, target).float(), theirs.view(2, 3).mean(1), rtol=1e-5, atol=1e-6)
-
-
-def generator_video(batch: int, frames: int, height: int, width: int) -> torch.Tensor:
-    noise = torch.rand(batch, frames, 3, height, width, generator=torch.Generator().manual_seed(height))
-    return torch.nn.functional.avg_pool2d(noise.flatten(0, 1), 3, 1, 1).unflatten(0, (batch, frames))
