@@ -376,7 +376,8 @@ def test_the_test_on_the_page_passes(tmp_path):
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "extending.md"], ids=name_of)
-def test_python_blocks_run(page, world):
+def test_python_blocks_run(page, world, tmp_path, monkeypatch):
+    monkeypatch.setenv("VIREO_OUTPUTS", str(tmp_path))
     for code in blocks(page, "python"):
         exec(compile(in_place(code, world), name_of(page), "exec"), {})
 

@@ -53,6 +53,8 @@ def train() -> int:
     """`python train.py …` and `vireo train …`: one run, or a sweep; a user's mistake is printed without a traceback."""
     from vireo import launch
 
+    # deepspeed's launcher appends a rank, which stands in the environment anyway and which Hydra would not understand.
+    sys.argv[1:] = [word for word in sys.argv[1:] if not word.startswith(("--local_rank", "--local-rank"))]
     try:
         return launch.main(sys.argv[1:])
     except UserError as mistake:

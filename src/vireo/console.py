@@ -7,19 +7,24 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from vireo.run_folder import log_file
 
-def set_up_logging(path: Path | None = None) -> None:
-    """Messages of level INFO to the console and, on the main process, to the run's log file.
 
-    Other ranks write to a file of their own beside it (train.rank1.log) and only their errors to the console.
+def set_up_logging(path: Path | None = None, shared_console: bool = False) -> None:
+    """Messages of level INFO to the console and, in a run, to its log file.
+
+    path: the run's `train.log`, which is rank 0's. Any other rank has `logs/rank_<n>.log` instead of a console; only
+    where a launcher gives all ranks one console (shared_console) does it write its errors there too.
     """
     rank = int(os.environ.get("RANK", "0"))
     console = logging.StreamHandler(sys.stdout)
     console.setLevel(logging.INFO if rank == 0 else logging.ERROR)
     console.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
-    handlers: list[logging.Handler] = [console]
+    handlers: list[logging.Handler] = [console] if rank == 0 or shared_console else []
     if path is not None:
-        file = logging.FileHandler(path if rank == 0 else path.with_suffix(f".rank{rank}{path.suffix}"))
+        path = log_file(path.parent, rank)
+        path.parent.mkdir(exist_ok=True)
+        file = logging.FileHandler(path)
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         handlers.append(file)
     logging.basicConfig(level=logging.WARNING, handlers=handlers, force=True)

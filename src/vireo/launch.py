@@ -1,14 +1,13 @@
 """The parent of a run: makes the folder, writes the resolved config, starts the workers and waits for them.
 
 It never imports torch. The config is composed and resolved once, here; workers read nothing but `resolved.yaml`.
+Where somebody else has started the processes (torchrun, srun, …), rank 0 is the parent and a worker at once.
 """
 
+import math
 import os
-import signal
-import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,11 +17,9 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from vireo import checkpoint, config, devices, faults, run_folder, sweeps
+from vireo import checkpoint, config, devices, faults, processes, ranks, run_folder, submitted, sweeps
 from vireo.errors import UserError
 from vireo.side_by_side import Pending, SideBySide
-
-EXIT_FILE = ".exit"  # in the run's folder, beside resolved.yaml
 
 
 class Job(NamedTuple):
@@ -42,6 +39,8 @@ class SweepFolder(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         SweepFolder.last = Path(config.hydra.sweep.dir)
+        if config.launcher.where != "local":
+            print(f"what the jobs print is in {SweepFolder.last / '.submitit'}", flush=True)
 
 
 def main(words: Sequence[str]) -> int:
@@ -49,17 +48,39 @@ def main(words: Sequence[str]) -> int:
 
     Returns the worst exit code. Raises UserError for words that Hydra cannot compose.
     """
+    world = ranks.started()
+    if world is None:
+        return compose_and_run(words)
+    if world.rank > 0:
+        return ranks.follow()
+    code = faults.EXIT_MISTAKE
+    try:
+        ranks.refuse_sweeps(world, words)
+        os.environ.setdefault("VIDEO_TRAIN_PROCESSES", str(world.size))
+        code = compose_and_run(words)
+    finally:
+        ranks.dismiss(world, code)
+    return code
+
+
+def compose_and_run(words: Sequence[str]) -> int:
+    """What `main` does in the one process that reads the command line."""
     config.register()
     config.require_sweeper(words)
+    submitted.check(words)
     SweepFolder.last, codes, jobs = None, [], SideBySide()
 
     @hydra.main(version_base="1.3", config_path=str(config.conf_dir()), config_name="config")
     def task(composed: DictConfig) -> Pending | float:
+        if submitted.node() > 0:
+            submitted.follow()
+            return math.nan  # the first machine's figure is the job's
         about = HydraConfig.get()
         if about.mode == RunMode.MULTIRUN and about.launcher._target_.endswith(".BasicLauncher"):
             words_of_job, folder, asked = list(about.overrides.task), Path(about.runtime.output_dir), composed.launcher
             return jobs.start(lambda: job(composed, words).exit_code, folder, words_of_job, asked.jobs, asked.processes)
-        one = job(composed, words)
+        with submitted.first_machine():
+            one = job(composed, words)
         codes.append(one.exit_code)
         return sweeps.objective(one.best, composed.validation.higher_is_better)
 
@@ -68,12 +89,29 @@ def main(words: Sequence[str]) -> int:
             task()
     except faults.Stopped as stopped:  # a search ends with the job that was stopped
         print(stopped, file=sys.stderr)
+    except Exception as error:
+        if not type(error).__module__.startswith("submitit."):
+            raise
+        print(f"{error}\na job left no result; others may go on", file=sys.stderr)  # cancelled, or its machine is gone
+        codes.append(faults.EXIT_FAULT)
     finally:
         jobs.close()
     if SweepFolder.last is not None:
         print(sweeps.show(SweepFolder.last))
-        return sweeps.exit_code(SweepFolder.last)
+        return max(sweeps.exit_code(SweepFolder.last), *codes, faults.EXIT_FINISHED)
     return max(codes, default=faults.EXIT_FINISHED)  # no job: --cfg, --help
+
+
+def train(*overrides: str) -> Job:
+    """Train from a notebook or a program: `launch.train("experiment=taehv", "launcher.processes=2")`.
+
+    The processes are new ones, so the calling one may have used a GPU. Call it from the main thread: it passes Ctrl-C
+    and other signals on. Raises UserError with all mistakes in the words.
+    """
+    settings = config.settings(overrides)
+    if settings["launcher"]["where"] != "local":
+        raise UserError(f"launcher={settings['launcher']['where']} is for the command line: python train.py …")
+    return run(settings, overrides)
 
 
 def job(composed: DictConfig, words: Sequence[str] = ()) -> Job:
@@ -106,6 +144,11 @@ def run(settings: dict[str, Any], overrides: Sequence[str]) -> Job:
 
     A finished run says so and does nothing. Raises UserError for a folder that cannot be used.
     """
+    world = ranks.started()
+    if world is not None:
+        ranks.check_size(world, settings["launcher"]["processes"])
+        if settings["preempt_at"]:
+            raise UserError(f"preempt_at starts processes anew, and {world.starter} owns them: use python train.py …")
     folder = _make_folder(settings)
     _refuse_other_config(folder, settings)
     done = run_folder.finished(folder) if settings["resume"] == "auto" else None
@@ -175,6 +218,8 @@ def start(resolved: Path, launcher: dict[str, Any], held: int) -> int:
     the user's or a requested stop. held: file descriptor of the run's lock, which the children inherit, so the folder
     stays locked while one lives.
     """
+    if ranks.started() is not None:
+        return ranks.work(resolved)
     for attempt in range(launcher["restarts"] + 1):
         if attempt:
             print(f"starting again from the last checkpoint ({attempt} of {launcher['restarts']})", flush=True)
@@ -184,26 +229,9 @@ def start(resolved: Path, launcher: dict[str, Any], held: int) -> int:
     return code
 
 
-def _start_once(resolved: Path, processes: int, held: int) -> int:
-    command = [sys.executable, "-u", "-m"]
-    if processes > 1:
-        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "--max-restarts=0", "-m"]
-    command += ["vireo.worker", str(resolved)]
-    verdict = resolved.with_name(EXIT_FILE)
-    verdict.unlink(missing_ok=True)
-    # Threads that wait by spinning take the core from the loader's workers where there are few.
-    environment = {
-        "OMP_WAIT_POLICY": "PASSIVE",
-        **os.environ,
-        "HYDRA_FULL_ERROR": "1",
-        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-    }
-    with subprocess.Popen(command, env=environment, pass_fds=(held,)) as child, _forward_signals(child):
-        code = child.wait()
-    # torch's launcher knows only success and failure; the main worker writes down what it was.
-    if processes > 1 and verdict.exists():
-        code = int(verdict.read_text())
-    return code if code >= 0 else 128 - code
+def _start_once(resolved: Path, count: int, held: int) -> int:
+    """On this machine, and on the others of a job that has several."""
+    return processes.run(resolved, count, submitted.share(resolved, count), held, resend=submitted.inside())
 
 
 def number_of_processes(asked: int | str) -> int:
@@ -214,20 +242,3 @@ def number_of_processes(asked: int | str) -> int:
     if gpus and int(asked) > gpus:
         raise UserError(f"launcher.processes={asked}, but {gpus} GPUs are visible; use at most that many, or auto")
     return int(asked)
-
-
-@contextmanager
-def _forward_signals(child: subprocess.Popen) -> Iterator[None]:
-    """Pass stop signals on to the workers. A Ctrl-C reaches them from the terminal itself."""
-
-    def forward(number: int, frame: object) -> None:
-        if number != signal.SIGINT:
-            child.send_signal(number)
-
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-    previous = {number: signal.signal(number, forward) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

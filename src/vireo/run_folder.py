@@ -60,6 +60,11 @@ def is_locked(folder: Path) -> bool:
     return False
 
 
+def log_file(folder: Path, rank: int) -> Path:
+    """Where a rank's messages are: `train.log`, or `logs/rank_<n>.log`, in the run's folder."""
+    return folder / "train.log" if rank == 0 else folder / "logs" / f"rank_{rank}.log"
+
+
 def write_json(path: Path, content: Any) -> None:
     """Replace a JSON file at once: a reader sees the old or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")

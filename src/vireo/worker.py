@@ -1,4 +1,4 @@
-"""One process of a run: `python -m vireo.worker <run>/resolved.yaml`, alone or under torch.distributed.run.
+"""One process of a run: `python -m vireo.worker <run>/resolved.yaml`, with RANK and its like where there are several.
 
 It builds the Model, Dataset and Loss objects of the resolved config, takes up the newest good checkpoint and calls
 the loop (training.py). What happens at a step's boundary (validate, save, export) is decided here.
@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import shutil
+import socket
 import sys
 import time
 import traceback
@@ -28,6 +29,7 @@ from vireo import (
     memory,
     objects,
     optimizers,
+    processes,
     report,
     run_folder,
     tracking,
@@ -53,6 +55,7 @@ class Run:
         self.settings, self.folder, self.stop = settings, folder, stop
         self.strategy = objects.strategy(settings)
         self.device = self.strategy.device
+        _check_agreement(settings)
         if settings["cache"]["verify"] == "bytes":
             digests.distrust()
         self.dataset, self.held_out = objects.dataset(settings, "train"), objects.dataset(settings, "validation")
@@ -371,20 +374,38 @@ def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def main(path: Path) -> int:
-    """Run one process on a resolved config; returns its exit code, which the main process also leaves in `.exit`."""
-    code = _main(path)
-    if int(os.environ.get("RANK", "0")) == 0:
-        path.with_name(".exit").write_text(str(code))
-    # torch's launcher would report a requested stop as a failure of this process.
+def _check_agreement(settings: dict[str, Any]) -> None:
+    """All processes have the same config and the same sources, or this raises UserError: one machine may have another
+    checkout, and what differs a little would train on for days.
+    """
+    facts = distributed.gather((socket.gethostname(), config.text_hash(settings), config.source_hash()))
+    if len({fact[1:] for fact in facts}) > 1:
+        lines = "\n".join(
+            f"  rank {rank} on {host}: config {of_config}, sources {of_sources}"
+            for rank, (host, of_config, of_sources) in enumerate(facts)
+        )
+        raise UserError(f"the processes do not run the same:\n{lines}\nIs there another vireo on one of the machines?")
+
+
+def main(path: Path, text: str | None = None) -> int:
+    """Run one process on a resolved config; returns its exit code.
+
+    text: what `path` holds, for a process that was told it.
+    """
+    code = _main(path, text)
+    if code not in (faults.EXIT_FINISHED, faults.EXIT_STOPPED):
+        processes.note_failure(path, int(os.environ.get("RANK", "0")))
+    distributed.close()
+    # torchrun, in whose hands this is, would take a requested stop for a failure, and start again after it.
     return 0 if code == faults.EXIT_STOPPED and "TORCHELASTIC_RUN_ID" in os.environ else code
 
 
-def _main(path: Path) -> int:
+def _main(path: Path, text: str | None) -> int:
     faults.die_with_parent()
     tracking.silence_telemetry()
-    settings, folder = config.load_resolved(path), path.parent
+    folder = path.parent
     try:
+        settings = config.load_resolved(path) if text is None else config.from_text(text)
         with faults.stop_on_signals() as stop:
             return Run(settings, folder, stop).train()
     except UserError as mistake:
@@ -399,8 +420,6 @@ def _main(path: Path) -> int:
     except Exception:
         log.error("%s", traceback.format_exc())
         return faults.EXIT_FAULT
-    finally:
-        distributed.close()
 
 
 if __name__ == "__main__":

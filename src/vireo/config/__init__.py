@@ -13,7 +13,15 @@ describe        help texts, a run's first lines
 
 from vireo.config.composition import compose, explain_mistakes, problems, require_sweeper, swept
 from vireo.config.describe import banner, describe_experiments, experiments, public
-from vireo.config.identity import cache_name, config_hash, differences, run_folder, run_name
+from vireo.config.identity import (
+    cache_name,
+    config_hash,
+    differences,
+    run_folder,
+    run_name,
+    source_hash,
+    text_hash,
+)
 from vireo.config.instantiation import instantiate
 from vireo.config.problems import Problem, report
 from vireo.config.resolution import (
@@ -34,5 +42,5 @@ __all__ = [
     "Problem", "banner", "cache_name", "change", "compose", "conf_dir", "config_hash", "describe_experiments",
     "differences", "experiments", "explain_mistakes", "from_text", "instantiate", "load_resolved", "outputs_folder",
     "problems", "public", "register", "report", "require_sweeper", "resolve", "run_folder", "run_name",
-    "save_resolved", "settings", "settled", "swept", "to_text", "validate",
+    "save_resolved", "settings", "settled", "source_hash", "swept", "text_hash", "to_text", "validate",
 ]  # fmt: skip

@@ -79,7 +79,8 @@ def explain_mistakes(words: Sequence[str]) -> Iterator[None]:
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         yield
         return
-    if arguments.multirun:
+    # A launcher of jobs composes in each of them, which may be hours later.
+    if arguments.multirun or any(word.startswith("launcher=") for word in words):
         with searching(*folders):
             for job in _jobs(arguments.overrides):
                 if mistakes := problems(job):

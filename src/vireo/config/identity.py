@@ -28,6 +28,21 @@ def config_hash(resolved: dict[str, Any]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=DIGITS // 2).hexdigest()
 
 
+def text_hash(resolved: dict[str, Any]) -> str:
+    """16 hexadecimal digits of everything in a resolved config, whether it shapes the result or not."""
+    text = json.dumps(resolved, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def source_hash() -> str:
+    """16 hexadecimal digits of vireo's own source files as they are on this machine."""
+    package = Path(__file__).parents[1]
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 def run_name(overrides: Sequence[str], resolved: dict[str, Any], swept: Sequence[str] = ()) -> str:
     """The name of a run's folder: its size, the overrides in short, the hash. Letters, digits, - _ . ; at most 60.
 

@@ -107,11 +107,35 @@ class Cache:
 
 
 @dataclass
+class Slurm:
+    """What is asked of the queue; by launcher=slurm and slurm_multinode (gpus, minutes: submitit_local too)."""
+
+    nodes: int = knob("machines that share one run", 1, at_least=1)
+    gpus: int | None = knob("GPUs of each machine; null: none are asked for", None, at_least=1)
+    cpus: int | None = knob("cores of each machine", None, at_least=1)
+    memory_gb: int | None = knob("memory of each machine", None, at_least=1)
+    minutes: int = knob("time limit of a job", 1440, at_least=1)
+    grace_seconds: int = knob("so long before the limit a run is asked to save and stop", 120, at_least=1)
+    requeue: int = knob("how often a job goes on that has met its time limit; preemptions do not count", 10, at_least=0)
+    parallel: int = knob("jobs of a sweep that run at the same time", 256, at_least=1)
+    partition: str | None = knob("partition, or several: a,b", None)
+    account: str | None = knob("account that pays", None)
+    qos: str | None = knob("quality of service", None)
+    constraint: str | None = knob("features that the machines must have", None)
+    setup: list[str] = some("shell lines before the job, as [module load cuda]")
+    container: str | None = knob("image that a job runs in, where Slurm has pyxis", None)
+    srun: list[str] = some("further arguments of srun, as [--container-mounts=/data]")
+    sbatch: dict[str, Any] = some("further options of sbatch, as {mail-type: END}", dict)
+
+
+@dataclass
 class Launcher:
-    processes: int | str = knob("processes to start, or auto: one for each visible GPU", at_least=1)
+    where: str = knob("the chosen launcher; its file says it")
+    processes: int | str = knob("processes to start on a machine, or auto: one for each visible GPU", at_least=1)
     timeout: float = knob("seconds after which a collective that a process has left ends the run", above=0)
     restarts: int = knob("how often the processes are started again after a fault", at_least=0)
     jobs: int = knob("runs of a sweep side by side, each with its share of GPUs or threads", 1, at_least=1)
+    slurm: Slurm = some("what is asked of the queue", Slurm)
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,6 +37,13 @@ def register() -> None:
     OmegaConf.register_new_resolver("mini_world", mini_world, replace=True)
     OmegaConf.register_new_resolver("vireo_help", describe.help_section, replace=True)
     OmegaConf.register_new_resolver("vireo_direction", direction, replace=True)
+    OmegaConf.register_new_resolver("srun_arguments", srun_arguments, replace=True)
+
+
+def srun_arguments(container: str | None, further: Sequence[str]) -> list[str]:
+    """`${srun_arguments:…}`: srun ends a job of which one machine has failed, and starts it inside an image."""
+    image = [f"--container-image={container}"] if container else []
+    return ["--kill-on-bad-exit=1", *image, *further]
 
 
 def mini_world(part: str) -> str:

@@ -1,0 +1,104 @@
+"""Jobs of a queue: what runs inside a job of submitit (Slurm, or processes of this machine in its place).
+
+A job has one task on each machine, which starts the processes of that machine. The first one composes the config; on
+the others a task follows a small file that the first one keeps beside the job's files.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from vireo import processes, run_folder
+from vireo.errors import UserError
+
+GLANCE = 0.5  # seconds from one look at the first machine's file to the next
+
+
+def check(words: Sequence[str]) -> None:
+    """Raises UserError for words that ask for a queue and would not get one."""
+    chosen = next((word for word in words if re.match(r"launcher=(?!local$)", word)), None)
+    if chosen and importlib.util.find_spec("submitit") is None:
+        raise UserError(f"{chosen} needs submitit, which is not installed: pip install 'vireo[slurm]'")
+    alone = [word for word in words if word.startswith("hydra/launcher=")]
+    if alone and not {"-m", "--multirun"} & set(words):
+        raise UserError(f"{alone[0]} is for sweeps (-m); without one, Hydra ignores it. Say launcher=slurm")
+
+
+def inside() -> bool:
+    """Whether this process is the task of a job."""
+    return "SUBMITIT_EXECUTOR" in os.environ
+
+
+def node() -> int:
+    """The number of this machine in its job."""
+    return int(os.environ.get("SLURM_NODEID", "0")) if inside() else 0
+
+
+def nodes() -> int:
+    return int(os.environ.get("SLURM_JOB_NUM_NODES", "1")) if inside() else 1
+
+
+def share(resolved: Path, count: int) -> processes.Share:
+    """What this machine, the first one of its job, has to run; the others are told, if there are any."""
+    if nodes() == 1:
+        return processes.WHOLE
+    address, port = socket.getfqdn(), processes.free_port()
+    attempt = (_told() or {}).get("attempt", 0) + 1
+    _tell({"attempt": attempt, "resolved": str(resolved), "count": count, "address": address, "port": port})
+    return processes.Share(0, nodes(), address, port)
+
+
+@contextmanager
+def first_machine() -> Iterator[None]:
+    """Around a job on its first machine: the others are told when it is over."""
+    try:
+        yield
+    finally:
+        if nodes() > 1:
+            _tell({"over": True})
+
+
+def follow() -> None:
+    """On every other machine: run what the first one tells, until the job is over."""
+    attempt = 0
+    while not (told := _told() or {}).get("over"):
+        if told.get("attempt", 0) > attempt:
+            attempt = told["attempt"]
+            place = processes.Share(node(), nodes(), told["address"], told["port"])
+            processes.run(Path(told["resolved"]), told["count"], place, obsolete=partial(_is_over, told), resend=True)
+        time.sleep(GLANCE)
+
+
+def _is_over(told: dict[str, Any]) -> bool:
+    return (_told() or told) != told
+
+
+def _message() -> Path:
+    import submitit
+
+    return submitit.JobEnvironment().paths.folder / f"{os.environ['SLURM_JOB_ID']}_start.json"
+
+
+def _restart() -> str:
+    """How often Slurm has requeued this job: what an earlier life of it has told does not count."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0")
+
+
+def _tell(what: dict[str, Any]) -> None:
+    run_folder.write_json(_message(), {**what, "restart": _restart()})
+
+
+def _told() -> dict[str, Any] | None:
+    try:
+        told = json.loads(_message().read_text())
+    except FileNotFoundError:
+        return None
+    return told if told["restart"] == _restart() else None

@@ -1,0 +1,91 @@
+"""Which worker failed first, what becomes of the others, and where signals go. The workers are small programs."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from vireo import processes
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """run(program, …) -> exit code: one program for each rank, in Python, which may use `note(rank)`."""
+    (tmp_path / "resolved.yaml").touch()
+    monkeypatch.setattr(processes, "GRACE", 0.5)
+
+    def call(*programs, **further):
+        def start(resolved, rank, variables, held):
+            code = "import os, signal, sys, time, pathlib\nfrom vireo.processes import note_failure\n"
+            code += f"def note(): note_failure(pathlib.Path({str(resolved)!r}), {rank})\n{programs[rank]}"
+            with open(processes.log_file(tmp_path, rank), "a") as log:
+                environment = {**os.environ, **variables, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+                return subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=log, stderr=log)
+
+        monkeypatch.setattr(processes, "_start", start)
+        return processes.run(tmp_path / "resolved.yaml", len(programs), **further)
+
+    return call
+
+
+def test_the_code_and_traceback_of_the_rank_that_failed_first(run, capfd):
+    second = "try: 1 / 0\nexcept ZeroDivisionError:\n import traceback; traceback.print_exc(); note(); time.sleep(.4)"
+    assert run("time.sleep(.2); note(); sys.exit(1)", f"{second}\n sys.exit(3)") == 3
+    said = capfd.readouterr().err
+    assert "rank 1 failed first (exit code 3); the end of" in said and "logs/rank_1.log" in said
+    assert "ZeroDivisionError: division by zero" in said
+
+
+def test_a_rank_that_was_killed_is_the_first_whatever_the_others_write(run, capfd):
+    assert run("note(); sys.exit(1)", "time.sleep(.1); os.kill(os.getpid(), signal.SIGKILL)") == 137
+    assert "rank 1 failed first (killed by SIGKILL)" in capfd.readouterr().err
+
+
+def test_a_rank_that_hangs_after_anothers_failure_is_killed_and_not_blamed(run):
+    began = time.monotonic()
+    assert run("time.sleep(60)", "note(); sys.exit(2)") == 2
+    assert time.monotonic() - began < 20
+
+
+def test_all_well(run, capfd):
+    assert run("", "assert os.environ['RANK'] == '1' and os.environ['WORLD_SIZE'] == '2'") == 0
+    assert run("sys.exit(75)", "") == 75
+    assert run("sys.exit('RANK' in os.environ)") == 0
+    assert capfd.readouterr().err == ""
+
+
+def later(seconds, number):
+    threading.Timer(seconds, os.kill, (os.getpid(), number)).start()
+
+
+def test_a_signal_goes_to_all_and_then_to_the_callers_own_handler(run):
+    """submitit's handler requeues the job, so it must come when the workers have saved."""
+    ends, wait = [], "time.sleep(60)"
+    stop = "signal.signal(signal.SIGUSR2, lambda *_: (time.sleep(.3), print('saved', flush=True), sys.exit(75)))"
+    before = signal.signal(signal.SIGUSR2, lambda *_: ends.append("handler"))
+    later(1.5, signal.SIGUSR2)
+    try:
+        assert run(f"{stop}; {wait}", f"{stop}; {wait}", resend=True) == 75
+        time.sleep(0.05)
+        assert ends == ["handler"]
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
+def test_a_stop_before_a_worker_can_listen_is_no_fault(run):
+    later(0.5, signal.SIGUSR1)
+    assert run("time.sleep(60)", "time.sleep(60)") == 75
+
+
+def test_workers_of_another_machine_that_is_gone_are_ended(run):
+    assert run("time.sleep(60)", share=processes.Share(0, 2, "127.0.0.1", 1), obsolete=lambda: True) == 137
+
+
+def test_places_on_the_second_of_two_machines():
+    one, two = processes.environment(2, processes.Share(1, 2, "first", 29500))
+    assert (one["RANK"], two["RANK"], two["LOCAL_RANK"], two["WORLD_SIZE"]) == ("2", "3", "1", "4")
+    assert one["MASTER_ADDR"] == "first" and one["MASTER_PORT"] == two["MASTER_PORT"] == "29500"

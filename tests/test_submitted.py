@@ -1,0 +1,141 @@
+"""Jobs through submitit, with processes of this machine in place of Slurm's; the real one is in tests/slurm."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests import runs
+from tests.test_ranks import ROOT, environment
+from vireo import config, launch, submitted
+from vireo.errors import UserError
+from vireo.mini import world
+
+pytest.importorskip("submitit", reason="submitit is not installed (pip install 'vireo[slurm]')")
+
+
+def submit(outputs: Path, *words: str) -> subprocess.Popen:
+    world.ensure()
+    command = [sys.executable, ROOT / "train.py", *words[:1], *runs.TINY, "batch_size=1", *words[1:]]
+    return subprocess.Popen(
+        command, env=environment(outputs), cwd=outputs, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def test_a_sweep(tmp_path):
+    parent = submit(tmp_path, "-m", "launcher=submitit_local", "steps=2", "data.held_out=0.1,no_such_list.txt")
+    said, _ = parent.communicate(timeout=120)
+    assert parent.returncode == 2, said  # of the worst job
+    (table,) = tmp_path.glob("sweeps/*/sweep.csv")
+    rows = list(csv.DictReader(table.open()))
+    assert [row["state"] for row in rows] == ["finished", "mistake"]
+    assert str(table.parent / ".submitit") in said
+    fresh = runs.train(tmp_path / "fresh", "steps=2", "batch_size=1")
+    assert runs.metrics(Path(rows[0]["run"])) == runs.metrics(fresh)
+
+
+@pytest.mark.full
+def test_a_sweep_of_two_processes_each(tmp_path):
+    parent = submit(tmp_path, "-m", "launcher=submitit_local", "launcher.processes=2", "steps=3", "seed=0,1")
+    said, _ = parent.communicate(timeout=180)
+    assert parent.returncode == 0, said
+    (table,) = tmp_path.glob("sweeps/*/sweep.csv")
+    first, second = [Path(row["run"]) for row in csv.DictReader(table.open())]
+    own = launch.train(
+        *runs.TINY, "batch_size=1", "steps=3", "launcher.processes=2", f"paths.outputs={tmp_path / 'own'}"
+    )
+    assert runs.metrics(first) == runs.metrics(own.folder) != runs.metrics(second)
+
+
+@pytest.mark.full
+def test_a_preempted_job_saves_first_and_goes_on_with_the_same_command(tmp_path):
+    """Without -m too. submitit's local jobs are not queued again, so the command is given a second time."""
+    words = ["launcher=submitit_local", "steps=120", "validation.every=null", "checkpoint.every=null", "run=one"]
+    parent = submit(tmp_path, *words)
+    folder, began = tmp_path / "taehv" / "one", time.monotonic()
+    while not (folder / "metrics.jsonl").exists() or len(runs.metrics(folder)) < 4:
+        assert parent.poll() is None and time.monotonic() - began < 120, parent.communicate()
+        time.sleep(0.1)
+    (process,) = [path.stem.split("_")[0] for path in tmp_path.glob("sweeps/*/.submitit/*/*_submitted.pkl")]
+    tasks = subprocess.run(["ps", "--ppid", process, "-o", "pid="], capture_output=True, text=True).stdout.split()
+    os.kill(int(tasks[0]), signal.SIGUSR2)
+    said, _ = parent.communicate(timeout=120)
+    assert "the same command goes on from here" in (folder / "train.log").read_text(), said
+    if not (folder / "finished").exists():
+        assert submit(tmp_path, *words).wait(timeout=120) == 0
+    calm = runs.train(tmp_path / "calm", *words[1:4], "batch_size=1")
+    assert runs.metrics(folder) == runs.metrics(calm)
+
+
+def test_what_would_not_be_queued_is_refused(monkeypatch):
+    with pytest.raises(UserError, match="Hydra ignores it. Say launcher=slurm"):
+        submitted.check(["hydra/launcher=vireo_slurm"])
+    submitted.check(["-m", "hydra/launcher=vireo_slurm"])
+    with pytest.raises(UserError, match="launcher=slurm is for the command line"):
+        launch.train(*runs.TINY, "launcher=slurm")
+    monkeypatch.setattr(submitted.importlib.util, "find_spec", lambda name: None)
+    submitted.check(["launcher=local"])
+    with pytest.raises(UserError, match=r"pip install 'vireo\[slurm\]'"):
+        submitted.check(["launcher=slurm"])
+
+
+def test_mistakes_are_told_before_anything_is_queued(tmp_path):
+    said, _ = (parent := submit(tmp_path, "launcher=slurm", "stepz=1")).communicate(timeout=60)
+    assert parent.returncode == 2 and "stepz" in said and list(tmp_path.iterdir()) == []
+
+
+def test_the_script_that_is_submitted(tmp_path):
+    """What is asked of Slurm, as sbatch would read it."""
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.utils import instantiate
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    words = ["launcher=slurm_multinode", "launcher.slurm.gpus=8", "launcher.slurm.partition=long"]
+    words += ["launcher.slurm.container=image.sqsh", "launcher.slurm.setup=[module load cuda]"]
+    words += ["+launcher.slurm.sbatch.mail-type=END", "launcher.slurm.minutes=90"]
+    config.register()
+    with config.search.searching():
+        import hydra
+
+        composed = hydra.compose("config", [*words, "hydra.sweep.dir=x"], return_hydra_config=True)
+        assert composed.hydra.mode.name == "MULTIRUN" and GlobalHydra.instance().is_initialized()
+        params = instantiate(composed.hydra.launcher).params
+    slurm = {"partition", "signal_delay_s", "setup", "srun_args", "additional_parameters", "nodes", "gpus_per_node"}
+    text = _make_sbatch_string(
+        "python job", str(tmp_path), time=params["timeout_min"], **{name: params[name] for name in slurm}
+    )
+    for line in ("--nodes=2", "--gpus-per-node=8", "--partition=long", "--mail-type=END", "--time=90", "--requeue"):
+        assert f"#SBATCH {line}\n" in text, text
+    assert "--signal=USR2@120" in text and "\nmodule load cuda\n" in text
+    assert "--kill-on-bad-exit=1 --container-image=image.sqsh python job" in text
+
+
+def test_the_other_machines_of_a_job_do_what_the_first_one_tells(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(submitted, "_message", lambda: tmp_path / "start.json")
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.setattr(submitted, "GLANCE", 0.01)
+    (tmp_path / "start.json").write_text('{"over": true, "restart": "0"}')  # of the job's life before it was requeued
+
+    def run(resolved, count, place, obsolete, resend):
+        calls.append((resolved.name, count, place.node, place.nodes, obsolete()))
+        if len(calls) == 1:
+            submitted.share(tmp_path / "second", 4)  # the first machine starts again after a fault
+        else:
+            with submitted.first_machine():
+                pass
+        assert obsolete()
+
+    monkeypatch.setattr(submitted.processes, "run", run)
+    assert submitted.share(tmp_path / "first", 4).node == 0
+    monkeypatch.setenv("SLURM_NODEID", "1")
+    assert submitted.node() == 1
+    submitted.follow()
+    assert calls == [("first", 4, 1, 2, False), ("second", 4, 1, 2, False)]
