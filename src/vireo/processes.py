@@ -52,8 +52,8 @@ def run(
     held: file descriptor of the run's lock, which the workers inherit. obsolete: asked now and then whether the workers
     should end, since those of another machine have.
 
-    resend: signals that came meanwhile are sent to this process again once the workers have saved and ended, when its own
-    handlers are back (submitit's requeues the job).
+    resend: signals that came meanwhile are sent to this process again once the workers have saved and ended, when its
+    own handlers are back (submitit's requeues the job).
     """
     (resolved.with_name("logs")).mkdir(exist_ok=True)
     resolved.with_name(FAILURES).unlink(missing_ok=True)
