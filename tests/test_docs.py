@@ -24,7 +24,7 @@ from vireo.config import identity, places
 from vireo.config.problems import Problem
 from vireo.config.schema import Config
 from vireo.models import taehv_variants
-from vireo.verbs import prepare
+from vireo.verbs import prepare, prepare_cache
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -205,6 +205,8 @@ def test_quoted_messages_are_printed_somewhere():
 
 # ------------------------------------------------------------------ keys in running text
 
+ACTIONS = {f"cache={action}" for action in prepare_cache.ACTIONS}
+NO_KEYS = {"key=value", "weights_only=True", "repeat_oldest=True", *ACTIONS}
 UNKNOWN = ("there is no such key", "there is no such option", "no file sets", "has no argument", "in quotes")
 
 
@@ -215,7 +217,7 @@ def test_keys_in_the_text_exist():
         text = re.sub(r"^(```.*?^```|#.*?)$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
         for word in " ".join(re.findall("`([^`]+)`", text)).split():
             match = re.fullmatch(r"(\+?[a-z][\w.-]*)=[\w./,\[\]-]+", word)
-            if match and word not in ("key=value", "weights_only=True") and match[1] not in prepare.OWN:
+            if match and word not in NO_KEYS and match[1] not in prepare.OWN:
                 words.setdefault(match[1], set()).add(word)
     assert len(words) > 20
     choices = {word for key in words if places.is_group(key) for word in words[key]}
@@ -224,7 +226,8 @@ def test_keys_in_the_text_exist():
     nowhere = set(values)
     for experiment in config.experiments():  # a key has to be known to one of them
         together = [f"experiment={experiment}", *(found[0] for found in values.values())]
-        nowhere &= {key for key in values for p in unknown(together) if p.key == key.lstrip("+")}
+        nowhere_here = {problem.key for problem in unknown(together)}
+        nowhere &= {key for key in values if key.lstrip("+") in nowhere_here}
     assert not nowhere
 
 
@@ -248,32 +251,59 @@ SHORT = {
     "tracker": "none",
 }
 ALWAYS_SHORT = ("steps", "batch_size")
+EDITS = ("experiment=ip2p_video", "experiment=ip2p_image")
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    """A folder with clips of one's own and released weights, and everything imported that a run imports."""
+    """A folder for each placeholder of the pages, and everything imported that a run imports.
+
+    Clips and edits of one's own; weights under the released names, small but for TAEHV's; an editor that was exported.
+    """
     import matplotlib.pyplot  # noqa: F401
+    import pandas  # noqa: F401
     import torch
     import torchmetrics.functional.image  # noqa: F401
+    from diffusers import AutoencoderKL, AutoencoderKLCogVideoX  # noqa: F401
+    from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
-    from vireo import video_io, worker  # noqa: F401
+    from tests.data import edits
+    from vireo import report, video_io, worker  # noqa: F401
+    from vireo.data import frame_edits  # noqa: F401
+    from vireo.diffusion.noise_schedule import NoiseSchedule
     from vireo.mini import world
     from vireo.models.taehv import TAEHV
+    from vireo.models.video_ip2p import VideoEditor
 
-    world.ensure()
     folder = tmp_path_factory.mktemp("world")
+    report.draw({"a run": [{"step": step, "loss": 1.0} for step in (1, 2)]}, folder / "curves.png")  # loads the fonts
     for number in range(3):
         frames = torch.randint(0, 256, (3, 3, 48, 64), dtype=torch.uint8).repeat_interleave(9, dim=0)
         video_io.write_video(folder / "clips" / f"{number}.mp4", frames, fps=8)
+    edits.write(folder / "edits", suffix=".jpg")
+    (folder / "weights").mkdir()
+    for path in (world.ensure() / "weights").iterdir():
+        (folder / "weights" / path.name).symlink_to(path)
+    (folder / "weights" / "taehv").unlink()
     network = TAEHV("taecvx")
     network.export(folder / "weights" / "taehv", network.state_dict())
+    released = str(folder / "weights" / "instruct-pix2pix")
+    editor = VideoEditor(20, released, NoiseSchedule(prediction_type="v_prediction"))
+    editor.export(folder / "editor", editor.state_dict())
     return folder
 
 
 def in_place(text: str, world: Path) -> str:
-    """The placeholders /clips and /weights as folders that exist."""
-    return re.sub(r"(?<![\w.])/(clips|weights)\b", rf"{world}/\1", text)
+    """The placeholders /clips, /edits, /weights and /editor as folders that exist."""
+    return re.sub(r"(?<![\w.])/(clips|edits|weights|editor)\b", rf"{world}/\1", text)
+
+
+def in_world(words: list[str], world: Path) -> list[str]:
+    """A command with folders that exist. The demonstration of edits reads the few of the world, not its hundreds."""
+    words = [in_place(word, world) for word in words]
+    if set(EDITS) & set(words) and not any(word.startswith("size=") for word in words):
+        words += ["size=mini", f"paths.data={world}/edits"]
+    return words
 
 
 def in_child(task: Callable[[], int], folder: Path, environment: dict[str, str]) -> tuple[int, str]:
@@ -322,17 +352,29 @@ def command_line(words: list[str]) -> Callable[[], int]:
 
 
 def shortened(words: list[str]) -> list[str]:
-    """A training command that ends soon; others are as they stand, but for the speed of a network of released size."""
-    if words[:2] == ["vireo", "evaluate"] and {"experiment=taehv", "size=full"} <= set(words):
-        return [*words, "model.evaluations.speed=null"]
+    """A command that ends soon: few steps, of a sweep the values of one key, one clip to evaluate.
+
+    What is measured of whole clips and of the speed is left out where the network has its released size.
+    """
+    if words[:2] == ["vireo", "evaluate"]:
+        words = [*words, *(["clips=1"] if not any(word.startswith("clips=") for word in words) else [])]
+        slow = ("speed", "full_resolution") if {"experiment=taehv", "size=full"} <= set(words) else ()
+        return [*words, *(f"model.evaluations.{name}=null" for name in slow)]
     if words[:2] == ["python", "train.py"]:
         words = words[1:]
     elif words[:2] != ["vireo", "train"]:
         return words
     if any(word.startswith(("--cfg", "--info", "--help")) for word in words):
         return words
+    swept = [word for word in words if "," in word and "-m" in words]
+    words = [word.partition(",")[0] if word in swept[1:] else word for word in words]
     given = {word.partition("=")[0] for word in words}
-    return [*words, *(f"{key}={value}" for key, value in SHORT.items() if key in ALWAYS_SHORT or key not in given)]
+    short = {key: value for key, value in SHORT.items() if key in ALWAYS_SHORT or key not in given}
+    if set(EDITS) & set(words):
+        short["model.sampler.num_inference_steps"] = "2"
+    if "debug" in given:  # says itself how many steps it needs
+        del short["steps"]
+    return [*words, *(f"{key}={value}" for key, value in short.items())]
 
 
 def run(words: list[str], folder: Path) -> None:
@@ -362,7 +404,7 @@ def test_commands_run(page, world, tmp_path):
     (tmp_path / "my_project").mkdir(exist_ok=True)
     (tmp_path / "my_project" / "__init__.py").touch()
     for words in commands(page):
-        run([in_place(word, world) for word in words], tmp_path)
+        run(in_world(words, world), tmp_path)
         for name in [word.removeprefix("run=") for word in words if word.startswith("run=")]:
             assert list(tmp_path.glob(f"outputs/*/{name}/finished")), f"{shlex.join(words)} finished no run"
 
@@ -378,8 +420,10 @@ def test_the_test_on_the_page_passes(tmp_path):
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "extending.md"], ids=name_of)
 def test_python_blocks_run(page, world, tmp_path, monkeypatch):
     monkeypatch.setenv("VIREO_OUTPUTS", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     for code in blocks(page, "python"):
-        exec(compile(in_place(code, world), name_of(page), "exec"), {})
+        short = re.sub(r'("num_inference_steps": )\d+', r"\g<1>2", code)
+        exec(compile(in_place(short, world), name_of(page), "exec"), {})
 
 
 def test_launch_scripts_pass_their_words_on(tmp_path):
