@@ -1,7 +1,6 @@
 """Processes: what they agree on and what they add up. How one model is spread over them: `vireo.strategies`."""
 
 import os
-import sys
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -135,13 +134,14 @@ def open_side_group(timeout: float) -> None:
 
 
 def close() -> None:
-    """Leave the process group; a second run in the same process could not start otherwise."""
+    """Leave the process group; a second run in the same process could not start otherwise.
+
+    DeepSpeed remembers the group it was started in and cannot be given another one: with it, one run a process.
+    """
     from accelerate.state import AcceleratorState
 
     global _side_group
     _side_group = None
-    if deepspeed := sys.modules.get("deepspeed.comm.comm"):
-        deepspeed.cdb = None  # its own record of the group
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # set by accelerate for the run that is over
     if dist.is_initialized():
         dist.destroy_process_group()

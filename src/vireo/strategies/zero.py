@@ -35,8 +35,8 @@ from vireo.strategies.strategy import (
 class Zero(Strategy):
     """`strategy=zero2`, `zero2_offload` and `zero3`.
 
-    config: DeepSpeed's own configuration, with the run's numbers in it. `torch_autocast` is filled here, because what
-        `precision: auto` means is known only on the machine; gradient_clipping may be None.
+    config: DeepSpeed's own configuration, with the run's numbers in it. Two values are put in its form here:
+        torch_autocast, a precision, since what `auto` means is known only on the machine; gradient_clipping, None for 0.
     precision: fp32, bf16 or auto, by autocast from float32 weights as in `Replicated`. timeout: see there.
 
     Raises UserError where something else runs in the end than what was asked for: accelerate ignores DeepSpeed
@@ -46,8 +46,7 @@ class Zero(Strategy):
     def __init__(self, config: dict[str, Any], precision: str = "auto", timeout: float = 1800) -> None:
         self.precision = resolve_precision(precision)
         refuse_fp16(self.precision, "zero2 or zero3")
-        half = self.precision != "fp32"
-        autocast = {"enabled": half, "dtype": "bfloat16" if half else "float32"}
+        autocast = {"enabled": self.precision == "bf16", "dtype": "bfloat16"}
         self.config = {**config, "torch_autocast": autocast}
         self.config["gradient_clipping"] = config["gradient_clipping"] or 0.0
         zero_ops.prepare()
@@ -78,8 +77,8 @@ class Zero(Strategy):
         check_elementwise(optimizer)
         self.network, self.optimizer = network, optimizer
         network.forward = in_precision(network.forward, self.device, self.precision)  # type: ignore[method-assign]
-        self.engine, self.zero = self.accelerator.prepare(network, optimizer)
-        self.zero = self.zero.optimizer  # accelerate's wrapper steps and clears by its own count
+        self.engine, _ = self.accelerator.prepare(network, optimizer)
+        self.zero = self.engine.optimizer
         self._check_engine()
         self.trained = {n: p for n, p in network.named_parameters() if p.requires_grad}
         return self.engine
