@@ -1,4 +1,7 @@
-"""Every process holds the whole model. accelerate owns the process group, the device, mixed precision and the wrapper."""
+"""Every process holds the whole model.
+
+accelerate owns the process group, the device, mixed precision and the DistributedDataParallel wrapper.
+"""
 
 import warnings
 from collections.abc import Iterator, Mapping

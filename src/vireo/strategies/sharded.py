@@ -51,13 +51,11 @@ class FullySharded(Strategy):
         if cuda:
             torch.cuda.set_device(self.device)
         if not dist.is_initialized():
-            alone = asked_processes() == 1
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if cuda else "gloo",
-                timeout=timedelta(seconds=timeout),
-                # A group of one needs no address to meet at.
-                **({"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}),
-            )
+            backend, wait = "cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(seconds=timeout)
+            if asked_processes() == 1:  # a group of one needs no address to meet at
+                dist.init_process_group(backend, timeout=wait, store=dist.HashStore(), rank=0, world_size=1)
+            else:
+                dist.init_process_group(backend, timeout=wait)
         check_processes(asked_processes(), dist.get_world_size())
         self.mesh = init_device_mesh(self.device.type, (dist.get_world_size(),))
         distributed.open_side_group(timeout)
@@ -88,10 +86,9 @@ class FullySharded(Strategy):
     def step(self, max_norm: float | None) -> Tensor:
         gradients = []
         for name, parameter in self.trained.items():
-            gradient = parameter.grad
-            if gradient is not None:
-                self.local[name].grad = gradient.to_local()  # type: ignore[attr-defined]
-                gradients.append(self.local[name].grad)
+            if isinstance(parameter.grad, DTensor):
+                gradients.append(parameter.grad.to_local())
+                self.local[name].grad = gradients[-1]
                 parameter.grad = None
         norm = self._total_norm(gradients)
         if max_norm is not None:
@@ -117,16 +114,9 @@ class FullySharded(Strategy):
                 whole[name] = value.detach().cpu()
         return whole
 
-    def _whole(self, part: Tensor, parameter: nn.Parameter) -> Tensor:
-        sharded = DTensor.from_local(
-            part.to(self.device),
-            self.mesh,
-            [Shard(0)],
-            run_check=False,
-            shape=parameter.shape,
-            stride=parameter.stride(),
-        )
-        return sharded.full_tensor()
+    def _whole(self, part: Tensor, like: Tensor) -> Tensor:
+        own, shape, stride = part.detach().to(self.device), like.shape, like.stride()
+        return DTensor.from_local(own, self.mesh, [Shard(0)], shape=shape, stride=stride).full_tensor()
 
     def scatter(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: value if value.ndim == 0 else self._part(value) for name, value in whole.items()}
@@ -144,7 +134,9 @@ class FullySharded(Strategy):
     def full_state(self) -> dict[str, Tensor]:
         state = {}
         for name, value in self.network.state_dict().items():
-            whole = value.to(self.device).full_tensor() if isinstance(value, DTensor) else value
+            whole = value
+            if isinstance(value, DTensor):
+                whole = self._whole(value.to_local(), value)
             if distributed.is_main():
                 state[name] = whole.detach().cpu()
         return state

@@ -54,6 +54,7 @@ class Strategy(ABC):
 
     def refresh(self) -> None:
         """Called after parts were written to, before the network is called again."""
+        return None
 
     @abstractmethod
     def gather(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -88,6 +89,7 @@ class Strategy(ABC):
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Put back what `state` gave; another strategy's is ignored."""
+        return None
 
 
 def asked_processes() -> int:

@@ -35,8 +35,8 @@ from vireo.strategies.strategy import (
 class Zero(Strategy):
     """`strategy=zero2`, `zero2_offload` and `zero3`.
 
-    config: DeepSpeed's own configuration, with the run's numbers in it. Two values are put in its form here:
-        torch_autocast, a precision, since what `auto` means is known only on the machine; gradient_clipping, None for 0.
+    config: DeepSpeed's own configuration, with the run's numbers in it. Two values get its form here:
+        torch_autocast, a precision, since what `auto` means is known only on the machine; gradient_clipping, None as 0.
     precision: fp32, bf16 or auto, by autocast from float32 weights as in `Replicated`. timeout: see there.
 
     Raises UserError where something else runs in the end than what was asked for: accelerate ignores DeepSpeed
@@ -66,8 +66,8 @@ class Zero(Strategy):
         found = self.accelerator.distributed_type
         if found.value != "DEEPSPEED":
             raise UserError(
-                f"DeepSpeed was asked for, but accelerate chose {found.value}: is ACCELERATE_USE_CPU set, or use_cpu in "
-                "the config of `accelerate launch`?"
+                f"DeepSpeed was asked for, but accelerate chose {found.value}: is ACCELERATE_USE_CPU set, or use_cpu "
+                "in the config of `accelerate launch`?"
             )
         self.device = self.accelerator.device
         distributed.open_side_group(timeout)
@@ -80,7 +80,8 @@ class Zero(Strategy):
         self.engine, _ = self.accelerator.prepare(network, optimizer)
         self.zero = self.engine.optimizer
         self._check_engine()
-        self.trained = {n: p for n, p in network.named_parameters() if p.requires_grad}
+        # Any: DeepSpeed hangs its own attributes (ds_shape, ds_tensor, …) on parameters.
+        self.trained: dict[str, Any] = {n: p for n, p in network.named_parameters() if p.requires_grad}
         return self.engine
 
     def _check_engine(self) -> None:
@@ -130,14 +131,14 @@ class Zero(Strategy):
     def refresh(self) -> None:
         if self.shards:  # small parameters stay whole between steps, and would keep their old values
             for parameter in self.trained.values():
-                parameter.partition()  # type: ignore[attr-defined]
+                parameter.partition()
 
     def gather(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         whole = {}
         for name, part in parts.items():
             value = part
             if self.shards and part.ndim:
-                parameter: Any = self.trained[name.partition("|")[0]]
+                parameter = self.trained[name.partition("|")[0]]
                 value = distributed.concatenate(part.to(self.device))[: parameter.ds_numel].view(parameter.ds_shape)
             if distributed.is_main():
                 whole[name] = value.detach().cpu()
@@ -163,17 +164,16 @@ class Zero(Strategy):
         from deepspeed.utils import safe_get_full_optimizer_state, safe_get_local_optimizer_state
 
         state = self.zero.optimizer.state.get(self._flat()[0], {})
-        moments = {}
+        moments: dict[str, Tensor] = {}
         for key, example in state.items():
             for name, parameter in self.trained.items():
-                if not torch.is_tensor(example) or example.ndim == 0:
-                    value = torch.as_tensor(example)
+                if example.ndim == 0:
+                    value = example
                 elif self.shards:
-                    value = self.gather({name: safe_get_local_optimizer_state(parameter, key)}).get(name)
+                    value = safe_get_local_optimizer_state(parameter, key)
                 else:
                     value = safe_get_full_optimizer_state(parameter, key)
-                if distributed.is_main():
-                    moments[f"{name}|{key}"] = value.cpu()
+                moments |= self.gather({f"{name}|{key}": value})
         return moments
 
     def load_moments(self, moments: Mapping[str, Tensor]) -> None:
