@@ -35,6 +35,8 @@ def work(
         for folder in folders:
             set_up_logging(folder / "train.log")
             codes.append(worker.main(folder / "resolved.yaml"))
+            if codes[-1] not in (0, 75):  # the group may be of no use any more
+                break
         queue.put((rank, codes))
         os._exit(0)
 
@@ -49,7 +51,7 @@ def work(
             logs = "\n".join((f / "train.log").read_text() for f in folders if (f / "train.log").exists())
             raise RuntimeError(f"rank {ranks.index(one)} ended with {one.exitcode} within {timeout} s:\n{logs}")
     by_rank = dict(queue.get() for _ in ranks)
-    return [list(codes) for codes in zip(*(by_rank[rank] for rank in range(processes)), strict=True)]
+    return [list(codes) for codes in zip(*(by_rank[rank] for rank in range(processes)), strict=False)]
 
 
 def _free_port() -> int:

@@ -42,7 +42,8 @@ def deepspeed(name: str) -> str | None:
 
 def accelerate(name: str) -> str:
     """accelerate's config file of an option. vireo spreads the model itself; accelerate only starts the processes."""
-    command = f"accelerate launch --config_file launch/accelerate/{name}.yaml --num_processes 8 train.py strategy={name}"
+    file = f"launch/accelerate/{name}.yaml"
+    command = f"accelerate launch --config_file {file} --num_processes 8 train.py strategy={name}"
     made: dict = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_GPU"}
     if deepspeed(name):
         made["distributed_type"] = "DEEPSPEED"

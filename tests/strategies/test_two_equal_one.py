@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from tests import ranks, runs
 from tests.strategies.ops import skip_without_ops
-from vireo import checkpoint, config
+from vireo import checkpoint, config, distributed, objects
 from vireo.mini import world
 
 SHORT = ["steps=4", "checkpoint.every=2", "validation.every=null", "validation.clips=2", "logging.every=1"]
@@ -48,6 +48,29 @@ def make(root: Path, recipe: str, *words: str) -> Path:
     return runs.make(root, [*RECIPES[recipe], *SHORT, *words], shrunk=False)
 
 
+def poison() -> None:
+    """In the run of that name, the second rank's loss is not a number in the second micro-step of the third step."""
+    original = objects.loss
+
+    def made(settings):
+        loss = original(settings)
+        if settings["run"] != "poisoned":
+            return loss
+        calls = []
+
+        class Poisoned(type(loss)):
+            def __call__(self, network, batch, draws):
+                objective = super().__call__(network, batch, draws)
+                calls.append(draws.step)
+                spoilt = distributed.rank() == 1 and calls.count(2) == 2 and draws.step == 2
+                return objective._replace(total=objective.total * float("nan")) if spoilt else objective
+
+        loss.__class__ = Poisoned
+        return loss
+
+    objects.loss = made
+
+
 def again(source: Path, target: Path, *words: str) -> Path:
     """A copy of a stopped run that goes on in another way: strategy, and how the global batch is shared out."""
     shutil.copytree(source, target)
@@ -66,6 +89,7 @@ def alone(tmp_path_factory):
         made[recipe] = make(root, recipe, "batch_size=4", "strategy=single", "gradient_accumulation=1")
     made["stopped"] = make(root, "taehv", "batch_size=4", "strategy=single", "gradient_accumulation=1", "run=stopped",
                            "preempt_at=2")  # fmt: skip
+    made["bf16"] = make(root, "taehv", "batch_size=4", "strategy=single", "gradient_accumulation=1", "precision=bf16")
     done: dict[str, Path] = {}
 
     def get(name: str) -> Path:
@@ -91,14 +115,18 @@ def spread(request, alone, tmp_path_factory):
     folders = {recipe: make(root, recipe, "batch_size=2", "gradient_accumulation=1", *chosen) for recipe in recipes}
     folders["halves"] = make(root, "taehv", *halves)
     folders["stopped"] = make(root, "taehv", *halves, "run=stopped", "preempt_at=2")
+    folders["poisoned"] = make(root, "taehv", *halves, "run=poisoned")
     folders["from one"] = again(alone("stopped"), root / "from_one", "batch_size=2", "gradient_accumulation=1", *chosen)
+    if recipes == FULL:
+        folders["bf16"] = make(root, "taehv", *halves, "precision=bf16", "run=bf16")
     order = [*folders, "stopped"]
-    codes = ranks.work([folders[name] for name in order])
-    for name, found in zip(order, codes, strict=True):
+    codes = ranks.work([folders[name] for name in order], poison)
+    for name, found in zip(order, codes, strict=False):
         stopped = name == "stopped" and not (folders[name] / "finished").exists()
         log = (folders[name] / "train.log").read_text()
         assert found in ([0, 0], [75, 75]), f"{name}: {found}\n{log}"
         assert found == [0, 0] or stopped or name == "stopped", log
+    assert len(codes) == len(order)
     return folders
 
 
@@ -125,6 +153,12 @@ def test_losses_are_those_of_one_process(spread, alone):
         assert len(losses(spread[recipe])) == 4
 
 
+def test_half_precision_is_that_of_one_process(spread, alone):
+    if "bf16" in spread:
+        torch.testing.assert_close(losses(spread["bf16"]), losses(alone("bf16")), rtol=2e-2, atol=0)
+        assert not torch.equal(losses(spread["bf16"]), losses(spread["halves"]))
+
+
 def test_accumulation_is_a_larger_batch(spread, alone):
     torch.testing.assert_close(losses(spread["halves"]), losses(alone("taehv")), rtol=1e-5, atol=0)
 
@@ -146,6 +180,19 @@ def test_it_resumes_bitwise(spread):
         first, second = one.tensors(part), two.tensors(part)
         assert first.keys() == second.keys() and first
         assert all(torch.equal(first[name], second[name]) for name in first), part
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_both(spread):
+    rows = [row for row in runs.metrics(spread["poisoned"]) if "loss" in row]
+    assert [row["skipped_steps"] for row in rows] == [0, 0, 1, 1]
+    clean = [row for row in runs.metrics(spread["halves"]) if "loss" in row]
+    assert [row["loss"] for row in rows[:2]] == [row["loss"] for row in clean[:2]]
+    found = checkpoint.latest(spread["poisoned"])
+    assert found is not None and found.state["skipped"] == 1
+    for part in ("network", "optimizer", "ema"):
+        assert all(torch.isfinite(value).all() for value in found.tensors(part).values())
+    steps = {float(value) for name, value in found.tensors("optimizer").items() if name.endswith("|step")}
+    assert steps == {3.0}
 
 
 def test_it_goes_on_where_one_process_stopped(spread, alone):

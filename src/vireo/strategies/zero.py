@@ -70,14 +70,17 @@ class Zero(Strategy):
                 "in the config of `accelerate launch`?"
             )
         self.device = self.accelerator.device
+        _forget_in_transformers()
         distributed.open_side_group(timeout)
 
     def prepare(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
         check_precision(network)
         check_elementwise(optimizer)
         self.network, self.optimizer = network, optimizer
+        self.groups = {name: i for i, group in enumerate(optimizer.param_groups) for name in group["param_names"]}
         network.forward = in_precision(network.forward, self.device, self.precision)  # type: ignore[method-assign]
         self.engine, _ = self.accelerator.prepare(network, optimizer)
+        _forget_in_transformers()
         self.zero = self.engine.optimizer
         self._check_engine()
         # Any: DeepSpeed hangs its own attributes (ds_shape, ds_tensor, …) on parameters.
@@ -161,38 +164,57 @@ class Zero(Strategy):
         return self.zero.fp32_partitioned_groups_flat if self.shards else self.zero.single_partition_of_fp32_groups
 
     def moments(self) -> dict[str, Tensor]:
-        from deepspeed.utils import safe_get_full_optimizer_state, safe_get_local_optimizer_state
-
-        state = self.zero.optimizer.state.get(self._flat()[0], {})
         moments: dict[str, Tensor] = {}
-        for key, example in state.items():
-            for name, parameter in self.trained.items():
-                if example.ndim == 0:
-                    value = example
-                elif self.shards:
-                    value = safe_get_local_optimizer_state(parameter, key)
-                else:
-                    value = safe_get_full_optimizer_state(parameter, key)
-                moments |= self.gather({f"{name}|{key}": value})
+        for name, flat, own, there in self._places():
+            for key, value in self.zero.optimizer.state.get(flat, {}).items():
+                moments |= self._moment(f"{name}|{key}", value, own, there)
         return moments
 
-    def load_moments(self, moments: Mapping[str, Tensor]) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+    def _moment(self, key: str, flat: Tensor, own: slice, there: slice) -> dict[str, Tensor]:
+        """A whole moment on the main process, from what each has in its flat tensor."""
+        if flat.ndim == 0:
+            return self.gather({key: flat})
+        if self.shards:
+            return self.gather({key: flat[own]})
+        parameter = self.trained[key.partition("|")[0]]
+        whole = torch.zeros(parameter.numel(), dtype=flat.dtype, device=self.device)
+        whole[there] = flat[own].to(self.device)
+        dist.all_reduce(whole)
+        return self.gather({key: whole.view_as(parameter)})
 
+    def load_moments(self, moments: Mapping[str, Tensor]) -> None:
         shapes = {name: p.ds_shape if self.shards else p.shape for name, p in self.trained.items()}
-        optimizers.check_moments(shapes, moments)
-        keys = {name.rpartition("|")[2]: value for name, value in moments.items()}
-        for flat in self._flat():
-            self.zero.optimizer.state[flat] = {
-                key: value.clone() if value.ndim == 0 else torch.zeros_like(flat) for key, value in keys.items()
-            }
-        if not self.shards:
-            self.zero._lazy_init_hp_params_optimizer_state()
-        put = safe_set_local_optimizer_state if self.shards else safe_set_full_optimizer_state
-        for name, part in self.scatter(moments).items():
-            if part.ndim:
-                owner, _, key = name.rpartition("|")
-                put(self.trained[owner], part.to(self.device), key)
+        stored = optimizers.check_moments(shapes, moments)
+        state = self.zero.optimizer.state
+        for name, flat, own, there in self._places():
+            for key, value in stored.get(name, {}).items():
+                if value.ndim == 0:
+                    state[flat][key] = value.clone()
+                    continue
+                if key not in state[flat]:
+                    state[flat][key] = torch.zeros_like(flat)
+                part = self._part(value) if self.shards else value.flatten()[there]
+                state[flat][key][own] = part.to(flat.device)
+
+    def _places(self) -> Iterator[tuple[str, Tensor, slice, slice]]:
+        """Where each trained parameter lies: name, the flat tensor that is updated, its place there, its place in the
+        flattened parameter (stage 2; a stage-3 process has its chunk, padded).
+
+        DeepSpeed's own `safe_get_full_optimizer_state` fails in stage 2 for all groups of parameters but the first.
+        """
+        for name, parameter in self.trained.items():
+            if self.shards:
+                group, start, size = self.zero.grad_position[self.zero.get_param_id(parameter)]
+                yield name, self.zero.fp32_partitioned_groups_flat[group], slice(start, start + size), slice(0, 0)
+                continue
+            found = parameter._hp_mapping  # None: this process has nothing of it
+            group = self.groups[name]
+            flat = self.zero.single_partition_of_fp32_groups[group]
+            if found is None:
+                yield name, flat, slice(0, 0), slice(0, 0)
+                continue
+            own, there = found.get_hp_fragment_address(), found.lp_fragment_address
+            yield (name, flat, slice(own.start, own.start + own.numel), slice(there.start, there.start + there.numel))
 
     def full_state(self) -> dict[str, Tensor]:
         state = {}
@@ -209,6 +231,13 @@ class Zero(Strategy):
         offloads = "offload_optimizer" in self.config["zero_optimization"]
         kinds = ("weights", "gradients", "moments", "average") if self.shards else ("gradients", "moments")
         return share(sizes, kinds, dist.get_world_size(), ("moments", "gradients") if offloads else ())
+
+
+def _forget_in_transformers() -> None:
+    """Take back what accelerate tells transformers: it would cut up every model that it loads, frozen encoders too."""
+    from transformers.integrations import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
 
 
 def _be_a_group_of_one() -> None:
