@@ -23,9 +23,9 @@ from paired import paired, verdict
 from vireo import cache_filling, config, distributed, faults, objects
 from vireo.cache import Cache
 from vireo.data.stream import Slices, Stream, loader
-from vireo.distributed import Replicated
 from vireo.ema import ExponentialMovingAverage
 from vireo.mini import world
+from vireo.strategies.replicated import Replicated
 from vireo.training import Progress, train
 
 STEPS = 5  # of one round
@@ -77,7 +77,7 @@ class Loop:
         self.optimizer = objects.optimizer(settings)(policy.groups(self.network, settings["lr"]), lr=settings["lr"])
         self.strategy = Replicated(precision="fp32")
         self.wrapped = self.strategy.prepare(self.network, self.optimizer)
-        self.average = ExponentialMovingAverage(self.network, settings["ema"]["decay"])
+        self.average = ExponentialMovingAverage(self.strategy.parts(), settings["ema"]["decay"])
         self.loss, self.schedule = objects.loss(settings), objects.schedule(settings)
         self.batches = self._batches()
         self.step = 0

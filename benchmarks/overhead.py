@@ -11,12 +11,12 @@ import torch
 
 from paired import paired, verdict
 from vireo import config, distributed, faults, objects
-from vireo.distributed import Replicated
 from vireo.ema import ExponentialMovingAverage
 from vireo.freezing import FreezePolicy
 from vireo.models.encoders import NoEncoder
 from vireo.optimizers import adamw
 from vireo.schedules import Cosine
+from vireo.strategies.replicated import Replicated
 from vireo.training import Progress, train
 
 STEPS = 10  # of one round
@@ -64,7 +64,7 @@ def main() -> None:
             optimizer,
             Cosine(),
             strategy,
-            ExponentialMovingAverage(network, 0),
+            ExponentialMovingAverage({}, 0),
             seed=0,
             progress=Progress(0, 0, 0),
             steps=STEPS,

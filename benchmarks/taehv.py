@@ -23,12 +23,12 @@ import torch.nn.functional as F
 
 from paired import paired, verdict
 from vireo import config, distributed, faults, objects
-from vireo.distributed import Replicated
 from vireo.ema import ExponentialMovingAverage
 from vireo.models.encoders import NoEncoder
 from vireo.models.seraena_discriminator import for_taehv
 from vireo.models.taehv import TAEHV
 from vireo.models.taehv_streaming import DecoderStream
+from vireo.strategies.replicated import Replicated
 from vireo.training import Progress, train
 
 FRAMES = 33
@@ -106,7 +106,7 @@ def ours(side: int) -> tuple[Callable[[], None], Callable[[], tuple[int, int]]]:
     optimizer = objects.optimizer(settings)(policy.groups(network, lr), lr=lr)
     strategy = Replicated(precision="fp32")
     wrapped = strategy.prepare(network, optimizer)
-    average = ExponentialMovingAverage(network, settings["ema"]["decay"])
+    average = ExponentialMovingAverage(strategy.parts(), settings["ema"]["decay"])
     loss, cosine, stream = objects.loss(settings), objects.schedule(settings), batches(side)
     made = itertools.count(1)
 

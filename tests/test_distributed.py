@@ -13,6 +13,8 @@ import torch
 from tests import edit_runs, runs
 from vireo import cache, distributed
 from vireo.errors import UserError
+from vireo.strategies.replicated import Replicated
+from vireo.strategies.strategy import check_precision
 
 TASKS = """
 import pickle, sys
@@ -166,13 +168,13 @@ def test_votes_and_means(ranks):
 def test_half_precision_weights_are_not_trained(dtype):
     network = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, dtype=dtype))
     with pytest.raises(UserError, match=f"2 trained parameters are not float32, for instance 1.weight .{dtype}"):
-        distributed.check_precision(network)
+        check_precision(network)
     network[1].requires_grad_(False)
-    distributed.check_precision(network)
+    check_precision(network)
 
 
 def test_a_strategy_checks_what_it_trains():
-    strategy = distributed.Replicated(precision="fp32")
+    strategy = Replicated(precision="fp32")
     try:
         with pytest.raises(UserError, match="set precision=bf16 or fp16"):
             strategy.prepare(torch.nn.Linear(2, 2).half(), None)

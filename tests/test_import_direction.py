@@ -33,7 +33,7 @@ def test_imports_point_downwards(path):
     parts = {"models", "losses", "data", "sampling"}
     low = {"diffusion", "video_io", "randomness", "pixels", "errors", "distributed", "metrics", "schedules", "cache"}
     low |= {"comparison", "digests", "peak_memory"}
-    high = {"training", "worker", "launch", "verbs", "cli", "objects", "config", "validation", "report"}
+    high = {"strategies", "training", "worker", "launch", "verbs", "cli", "objects", "config", "validation", "report"}
     high |= {"cache_filling", "cache_manifests"}
     used = {name.split(".")[1] for name in names if name.startswith("vireo.") and name.count(".") >= 1}
     if own in parts:

@@ -37,7 +37,7 @@ def test_stable_diffusion_trained_with_adam_takes_sixteen_bytes_a_parameter(fram
 def test_it_is_what_is_held():
     network = nn.Sequential(nn.Linear(100, 50), nn.BatchNorm1d(50), nn.Linear(50, 10))
     network[2].requires_grad_(False)
-    average = ExponentialMovingAverage(network, 0.9)
+    average = ExponentialMovingAverage({n: p for n, p in network.named_parameters() if p.requires_grad}, 0.9)
     optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad])
     replay = {"replay": torch.zeros(7, dtype=torch.uint8)}
     found = memory.estimate(network, optimizer, average.average, {"VAE": 1000}, replay, half_precision=True)

@@ -11,6 +11,7 @@ from vireo.freezing import FreezePolicy
 from vireo.models.encoders import NoEncoder
 from vireo.randomness import seed_default
 from vireo.schedules import Constant, Cosine
+from vireo.strategies.replicated import Replicated
 from vireo.training import Progress, train
 
 
@@ -34,12 +35,12 @@ def run(
     log_every=1,
 ):
     """Train the toy recipe; returns (network, average, reported figures, progress)."""
-    strategy = distributed.Replicated(precision="fp32")
+    strategy = Replicated(precision="fp32")
     seed_default(0, "init", "network")
     network, policy = ToyNetwork(), FreezePolicy(["."])
     policy(network)
     optimizer = optimizers.adamw(policy.groups(network, lr), lr=lr)
-    average = ExponentialMovingAverage(network, 0.9)
+    average = ExponentialMovingAverage(dict(network.named_parameters()), 0.9)
     figures: dict[int, dict] = {}
     slices = Slices(0, 0, steps, batch_size, accumulation, distributed.rank(), distributed.world_size())
     progress = train(

@@ -1,27 +1,30 @@
 """Exponential moving average of what learns."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class ExponentialMovingAverage:
     """average <- d * average + (1 - d) * parameter, with d = min(decay, (1 + n) / (10 + n)) at update n > 0.
 
     The first update, n = 0, copies. The ramp is diffusers' `EMAModel` default: a young average forgets the start
-    quickly. Only trained parameters are averaged, in float32, under the names they have in the network. `decay=0` is no
-    averaging: it holds nothing.
+    quickly. Averages are float32 and have the names of the parameters. `decay=0` is no averaging: it holds nothing.
+
+    parameters: what is averaged, by name: the trained parameters, or this process's parts of them (`Strategy.parts`).
+    refresh: called after they were written to.
     """
 
-    def __init__(self, network: nn.Module, decay: float) -> None:
+    def __init__(
+        self, parameters: Mapping[str, Tensor], decay: float, refresh: Callable[[], None] = lambda: None
+    ) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"ema.decay must lie in [0, 1), got {decay}")
-        self.decay = decay
-        trained = {n: p for n, p in network.named_parameters() if p.requires_grad} if decay else {}
-        self.parameters = trained
-        self.average = {name: p.detach().float().clone() for name, p in trained.items()}
+        self.decay, self.refresh = decay, refresh
+        self.parameters = parameters if decay else {}
+        self.average = {name: p.detach().float().clone() for name, p in self.parameters.items()}
 
     def __bool__(self) -> bool:
         return self.decay > 0
@@ -63,3 +66,4 @@ class ExponentialMovingAverage:
     def _write(self, values: dict[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():
             parameter.copy_(values[name])
+        self.refresh()

@@ -12,13 +12,13 @@ import torch
 from vireo import config, weights
 from vireo.cache import Cache
 from vireo.data.stream import Dataset
-from vireo.distributed import Strategy
 from vireo.freezing import FreezePolicy
 from vireo.losses.objective import Loss
 from vireo.models.encoders import Encoder
 from vireo.models.network import Network
 from vireo.randomness import seed_default
 from vireo.schedules import Schedule
+from vireo.strategies.strategy import Strategy
 from vireo.tracking import Tracker
 from vireo.validation import Evaluation, Sampler
 

@@ -1,6 +1,6 @@
 """Optimizers, and their moments by parameter name."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -46,6 +46,18 @@ def adamw_8bit(
     return AdamW8bit(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, weight_decay=weight_decay)
 
 
+def guarded_step(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
+    """One update, turned away where `finite` (bool scalar on the device) is false.
+
+    Fused kernels take a flag, so nothing waits; for other optimizers the host has to look at each step.
+    """
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        optimizer.step()
+    elif bool(finite):
+        optimizer.step()
+
+
 def moment_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes that the optimizer's moments take once it has made a step; known before the first one."""
 
@@ -70,34 +82,42 @@ def moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return tensors
 
 
-def load_moments(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def load_moments(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Put stored moments back. Hyper-parameters always come from the config, only moments from a checkpoint.
 
     Raises UserError where the stored names or shapes are not those of the optimizer's parameters.
+    """
+    own = {n: p for g in optimizer.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)}
+    for name, state in check_moments({n: p.shape for n, p in own.items()}, tensors).items():
+        # AdamW's step counters live beside the parameter where the kernel is fused; moments have its dtype already.
+        optimizer.state[own[name]] = {
+            # Whole numbers are plain ones: bitsandbytes counts steps so, torch in float32.
+            k: v.clone().to(own[name].device) if v.ndim or v.is_floating_point() else int(v)
+            for k, v in state.items()
+        }
+
+
+def check_moments(shapes: Mapping[str, torch.Size], tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Stored moments as {parameter name: {state name: tensor}}. shapes: of what is trained, by name.
+
+    Raises UserError for names or shapes that are not those.
     """
     stored: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, _, state_name = key.rpartition("|")
         stored.setdefault(name, {})[state_name] = value
-    own = {n: p for g in optimizer.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)}
-    strangers = sorted(stored.keys() - own.keys())
+    strangers = sorted(stored.keys() - shapes.keys())
     if strangers:
         raise UserError(
             f"the checkpoint's optimizer has moments of {len(strangers)} parameters that are not trained now, "
             f"for instance {strangers[0]}. Was the freeze policy or the adapter another one?"
         )
     for name, state in stored.items():
-        parameter = own[name]
         for state_name, value in state.items():
             is_table = state_name.startswith(("qmap", "absmax"))  # bitsandbytes' scales of its 8-bit moments
-            if value.ndim and value.shape != parameter.shape and not is_table:
+            if value.ndim and value.shape != shapes[name] and not is_table:
                 raise UserError(
                     f"the checkpoint's {state_name} of {name} has shape {tuple(value.shape)}, "
-                    f"the parameter has {tuple(parameter.shape)}"
+                    f"the parameter has {tuple(shapes[name])}"
                 )
-        # AdamW's step counters live beside the parameter where the kernel is fused; moments have its dtype already.
-        optimizer.state[parameter] = {
-            # Whole numbers are plain ones: bitsandbytes counts steps so, torch in float32.
-            k: v.clone().to(parameter.device) if v.ndim or v.is_floating_point() else int(v)
-            for k, v in state.items()
-        }
+    return stored

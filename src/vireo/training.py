@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from vireo import distributed, faults
 from vireo.data.stream import to_device
-from vireo.distributed import Strategy
 from vireo.ema import ExponentialMovingAverage
 from vireo.losses.objective import Loss
 from vireo.models.encoders import Encoder
 from vireo.randomness import Draws, seed_default
 from vireo.schedules import Schedule
+from vireo.strategies.strategy import Strategy
 
 log = logging.getLogger(__name__)
 
@@ -97,9 +97,8 @@ def train(
             for name, value in {"loss": objective.total, **objective.metrics}.items():
                 figures[name] = figures.get(name, 0) + value.detach() / accumulation
 
-        norm = strategy.clip(max_grad_norm)
+        norm = strategy.step(max_grad_norm)
         finite = torch.isfinite(norm)
-        strategy.step(finite)
         average.update(step, finite)
         # ----------------------------------------------------------------
 

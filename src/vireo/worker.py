@@ -28,7 +28,6 @@ from vireo import (
     faults,
     memory,
     objects,
-    optimizers,
     processes,
     report,
     run_folder,
@@ -70,10 +69,16 @@ class Run:
         self.policy(self.network)
         groups = self.policy.groups(self.network, settings["lr"])
         self.optimizer = objects.optimizer(settings)(groups, lr=settings["lr"])
+        self.learns = parameter_table(self.network)
+        self.found = self._find_checkpoint()
+        if self.found is not None:  # weights are loaded before they are spread over the processes
+            weights.load_trained(self.network, self.found.tensors("network"), self.found.folder)
+        self.memory = self._memory()
         self.wrapped = self.strategy.prepare(self.network, self.optimizer)
         self.policy.train_mode(self.network)
         self.loss.to(self.device)
-        self.average = ExponentialMovingAverage(self.network, settings["ema"]["decay"])
+        parts, decay = self.strategy.parts(), settings["ema"]["decay"]
+        self.average = ExponentialMovingAverage(parts, decay, self.strategy.refresh)
         self.save_failures = faults.SaveFailures(settings["faults"]["max_consecutive_save_failures"])
         self.accumulation = settings["gradient_accumulation"]
         self.best: dict[str, float] | None = None
@@ -93,32 +98,37 @@ class Run:
         epochs = self.settings["epochs"]
         return math.ceil(epochs * len(self.dataset) / self.global_batch) if epochs else self.settings["steps"]
 
-    def memory(self) -> dict[str, int]:
-        """Bytes by part that one process holds before its first activation."""
-        return memory.estimate(
+    def _memory(self) -> dict[str, int]:
+        """Bytes by part that the device of one process holds before its first activation; asked before `prepare`."""
+        trained = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+        alone = memory.estimate(
             self.network,
             self.optimizer,
-            self.average.average,
+            trained if self.settings["ema"]["decay"] else {},
             self.encoder.weight_bytes(),
             self.loss.state_dict(),
             half_precision=self.strategy.precision != "fp32",
         )
+        return self.strategy.on_device(alone)
 
-    def resume(self) -> Progress:
-        """Take up the checkpoint that `resume` names, the same one on every rank; none is a fresh start."""
+    def _find_checkpoint(self) -> checkpoint.Checkpoint | None:
+        """The checkpoint that `resume` names, the same one on every rank; None is a fresh start."""
         found = None
         if distributed.is_main():
             checkpoint.clean(self.folder)
             found = checkpoint.find(self.folder, self.settings["resume"])
-        found = distributed.gather(found)[0]
+        return distributed.gather(found)[0]
+
+    def resume(self) -> Progress:
+        """Take up the rest of the checkpoint that was found, beside its weights."""
+        found = self.found
         if found is None:
             return Progress(0, 0, 0)
         self._keep_global_batch(found.state["global_batch"])
-        weights.load_trained(self.network, found.tensors("network"), found.folder)
-        optimizers.load_moments(self.optimizer, found.tensors("optimizer"))
+        self.strategy.load_moments(found.tensors("optimizer"))
         self.loss.load_state_dict(found.tensors("loss"))
         if self.average:
-            self.average.load(found.tensors("ema"))
+            self.average.load(self.strategy.scatter(found.tensors("ema")))
         self.strategy.load_state(found.state["strategy"])
         self.best, self.tracker_id = found.state["best"], found.state["tracker_id"]
         log.info("resumed from %s: step %d of %d", found.folder, found.step, self.steps)
@@ -172,8 +182,8 @@ class Run:
                 step=progress.step,
             )
             self.console = Console(self.steps, progress.step, self.global_batch)
-            log.info("what learns:\n%s", parameter_table(self.network))
-            log.info("memory on each device:\n%s", memory.table(self.memory(), memory.available(self.device)))
+            log.info("what learns:\n%s", self.learns)
+            log.info("memory on each device:\n%s", memory.table(self.memory, memory.available(self.device)))
             if not len(self.held_out):
                 log.warning("no clip is held out, so nothing is validated and no checkpoint is the best one")
         if progress.step == 0:
@@ -242,7 +252,7 @@ class Run:
             self.stop.ask()  # the next step is then the last one of this process
         if last or overdue or _due(progress.step, saving["every"]) or (improved and saving["keep_best"]):
             self.save(progress, final=last)
-            if improved and saving["keep_best"] and distributed.is_main():
+            if improved and saving["keep_best"]:
                 self.export(self.folder / "export" / "best")
 
     def _note_best(self, step: int) -> bool:
@@ -287,14 +297,13 @@ class Run:
     def save(self, progress: Progress, final: bool) -> None:
         """Write a checkpoint, in the background if asked; a final save that fails ends the run with it."""
         self._settle_save()
-        state = self.strategy.full_state()
+        parts = {
+            "network": weights.trained_state(self.network, self.strategy.full_state()),
+            "optimizer": self.strategy.moments(),
+            "loss": self.loss.state_dict(),
+            "ema": self.strategy.gather(self.average.average),
+        }
         if distributed.is_main():
-            parts = {
-                "network": weights.trained_state(self.network, state),
-                "optimizer": optimizers.moments(self.optimizer),
-                "loss": self.loss.state_dict(),
-                "ema": self.average.average,
-            }
             # Copied now: training goes on while the file is written.
             copies = {part: {n: t.detach().to("cpu", copy=True) for n, t in ts.items()} for part, ts in parts.items()}
             about = {
@@ -331,15 +340,16 @@ class Run:
             raise faults.TooManyFaults(f"the final checkpoint could not be saved: {error}")
 
     def export(self, folder: Path) -> list[Path]:
-        """Write what the ecosystem reads, with the averaged weights where there are any."""
+        """Write what the ecosystem reads, with the averaged weights where there are any; every rank calls this."""
         with self.average.applied():  # a state on the CPU shares the network's memory, so it is written in here
-            return self.network.export(folder, self.strategy.full_state())
+            state = self.strategy.full_state()
+            return self.network.export(folder, state) if distributed.is_main() else []
 
     def _try_export(self) -> None:
         """An export that would fail after days fails now."""
+        trial = self.folder / "export" / ".trial"
+        self.export(trial)
         if distributed.is_main():
-            trial = self.folder / "export" / ".trial"
-            self.export(trial)
             shutil.rmtree(trial)
 
     def _check_network(self) -> None:
@@ -354,6 +364,7 @@ class Run:
 
     def finish(self, progress: Progress) -> int:
         """Export and mark the run as finished, or say how to go on."""
+        exported = self.export(self.folder / "export") if progress.step == self.steps else []
         if not distributed.is_main():
             return faults.EXIT_FINISHED if progress.step == self.steps else faults.EXIT_STOPPED
         self.console.close()
@@ -361,7 +372,6 @@ class Run:
             self.log.finish()
             log.info("stopped on request at step %d; the same command goes on from here", progress.step)
             return faults.EXIT_STOPPED
-        exported = self.export(self.folder / "export")
         self.log.finish()
         curves = report.curves(self.folder)
         marker = {"step": progress.step, "figures": self.figures, "best": self.best}

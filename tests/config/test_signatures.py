@@ -129,7 +129,7 @@ def test_what_is_not_there(package):
         "vireo.freezing.FreezePolicy",
         "vireo.tracking.TensorBoard",
         "vireo.tracking.Wandb",
-        "vireo.distributed.Replicated",
+        "vireo.strategies.replicated.Replicated",
         "vireo.models.taehv.TAEHV",
         "vireo.models.encoders.NoEncoder",
         "vireo.data.clips.Clips",

@@ -20,7 +20,7 @@ from vireo.run_folder import PACKAGES
 from vireo.verbs import arguments
 
 OPTIONAL = {
-    "deepspeed": "strategy=zero2 and zero3 (Linux only)",
+    "deepspeed": "strategy=zero2, zero2_offload and zero3 (Linux only)",
     "wandb": "tracker=wandb",
     "tensorboard": "tracker=tensorboard",
     "bitsandbytes": "8-bit optimizers (GPU only)",

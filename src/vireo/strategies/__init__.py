@@ -1,0 +1,1 @@
+"""How one model is spread over the processes of a run: whole on each (`replicated`) or in parts (`sharded`, `zero`)."""
