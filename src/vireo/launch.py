@@ -165,9 +165,9 @@ def run(settings: dict[str, Any], overrides: Sequence[str]) -> Job:
         (folder / "finished").unlink(missing_ok=True)
         print(config.banner(settings, folder), flush=True)
         if settings["size"] == "mini":
-            from vireo.mini import world  # brings numpy, which --help and --cfg can do without
+            from vireo.mini import world as mini_world  # brings numpy, which --help and --cfg can do without
 
-            world.ensure()
+            mini_world.ensure()
         code = start(folder / "resolved.yaml", settings["launcher"], held)
         if code == faults.EXIT_STOPPED and checkpoint.steps(folder)[-1:] == [settings["preempt_at"]]:
             print(f"starting again from step {settings['preempt_at']} (preempt_at)", flush=True)
