@@ -162,7 +162,7 @@ def test_no_boolean_where_text_is_meant(path):
         if hint is bool
     }
     known = {*schema_bools, "enabled", "_partial_", "find_unused_parameters", "job.chdir"}
-    known |= {"network.gradient_checkpointing", "detach"}
+    known |= {"network.gradient_checkpointing", "detach", "stderr_to_stdout", "launcher.slurm.sbatch.requeue"}
     for key, value in leaves(content(path)):
         assert not isinstance(value, bool) or key in known, f"{key} is {value}"
         assert not isinstance(key, bool)
