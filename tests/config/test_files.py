@@ -166,6 +166,7 @@ def test_no_boolean_where_text_is_meant(path):
     deepspeed = {"overlap_comm", "contiguous_gradients", "offload_optimizer.pin_memory"}
     known |= {f"config.zero_optimization.{key}" for key in deepspeed}
     known |= {"config.zero_allow_untested_optimizer", "config.zero_force_ds_cpu_optimizer"}
+    known |= {"stderr_to_stdout", "launcher.slurm.sbatch.requeue"}
     for key, value in leaves(content(path)):
         assert not isinstance(value, bool) or key in known, f"{key} is {value}"
         assert not isinstance(key, bool)
