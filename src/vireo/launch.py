@@ -144,11 +144,11 @@ def run(settings: dict[str, Any], overrides: Sequence[str]) -> Job:
 
     A finished run says so and does nothing. Raises UserError for a folder that cannot be used.
     """
-    world = ranks.started()
-    if world is not None:
-        ranks.check_size(world, settings["launcher"]["processes"])
+    others = ranks.started()
+    if others is not None:
+        ranks.check_size(others, settings["launcher"]["processes"])
         if settings["preempt_at"]:
-            raise UserError(f"preempt_at starts processes anew, and {world.starter} owns them: use python train.py …")
+            raise UserError(f"preempt_at starts processes anew, and {others.starter} owns them: use python train.py …")
     folder = _make_folder(settings)
     _refuse_other_config(folder, settings)
     done = run_folder.finished(folder) if settings["resume"] == "auto" else None

@@ -78,6 +78,13 @@ start() {
 }
 
 stop() {
+    export SLURM_CONF=$folder/slurm.conf
+    # Steps that cannot report their end would try for minutes.
+    timeout 5 scancel --user="$(id -un)" || true
+    for _ in $(seq 20); do
+        if [ -z "$(timeout 5 squeue --noheader 2>/dev/null)" ]; then break; fi
+        sleep 0.5
+    done
     # Not with sed -i, since a container's /etc/hosts cannot be replaced.
     others=$(grep -v "$hosts" /etc/hosts || true) && echo "$others" > /etc/hosts
     for name in slurmd-vireo1 slurmd-vireo2 slurmctld; do
