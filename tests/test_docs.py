@@ -248,6 +248,7 @@ SHORT = {
     "validation.clips": "1",
     "validation.at_start": "false",
     "loader.workers": "0",
+    "checkpoint.keep_best": "false",
     "tracker": "none",
 }
 ALWAYS_SHORT = ("steps", "batch_size")
