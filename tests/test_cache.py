@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vireo import cache
+from vireo import cache, cache_filling
 from vireo.cache import Cache, Damaged, New, entries, key, literal, text_identity, text_of, unfinished
+from vireo.video_io import BadVideoError
 
 OUTPUTS = {"moments": "frames", "target_moments": "target", "embeds": "prompt"}
 IDENTITIES = {"moments": "vae 1", "target_moments": "vae 1", "embeds": "text 1"}
@@ -203,3 +204,18 @@ def test_entries_are_kept_in_memory_up_to_the_limit(tmp_path):
     for path in entries(tmp_path):
         path.unlink()
     assert store.read("moments", "a") is not None and store.read("moments", "b") is None
+
+
+def test_an_entry_whose_files_cannot_be_hashed_is_left_out(tmp_path):
+    class Broken:
+        def __len__(self):
+            return 2
+
+        def sources(self, index):
+            if index == 1:
+                raise BadVideoError("gone.png", "no such picture")
+            return {"prompt": ["a text"]}
+
+    store, unreadable = Cache(tmp_path, {"embeds": "prompt"}, {"embeds": "encoder"}), []
+    found = cache_filling.wanted(store, {"train": Broken()}, unreadable)
+    assert len(found) == 1 and len(unreadable) == 1 and "gone.png" in unreadable[0]

@@ -6,6 +6,7 @@ from vireo.data.stream import Stream
 from vireo.losses.objective import Objective
 from vireo.models.encoders import NoEncoder
 from vireo.validation import SEED, further_videos, means, means_by_task, measure_video, score_clips, validate
+from vireo.video_io import BadVideoError
 
 CPU = torch.device("cpu")
 
@@ -128,3 +129,15 @@ def test_means_of_each_task(network):
         assert rows["move", column][measure] == pytest.approx(sum(its) / 2)
     assert rows["move", "grey"]["loss"] is None, "only a network has one"
     assert means_by_task([score for score, _ in scores(network, 2)]) == []
+
+
+def test_a_held_out_clip_that_cannot_be_read_is_told(network, caplog):
+    class Torn(ToyDataset):
+        def sample(self, index, draws):
+            if index == 1:
+                raise BadVideoError("clip1.mp4", "cut off")
+            return super().sample(index, draws)
+
+    stream = Stream(Torn(side=16), SEED, shuffle=False)
+    names = [s.name for s, _ in score_clips(network, NoEncoder(), Denoise(), Denoised(), stream, [0, 1], 2, CPU)]
+    assert names == ["clip0", "clip2"] and "another is scored in its place: clip1.mp4: cut off" in caplog.text

@@ -54,10 +54,11 @@ class Filled(NamedTuple):
     stopped: bool
 
 
-def wanted(cache: Cache, datasets: Mapping[str, Dataset]) -> dict[str, Wanted]:
+def wanted(cache: Cache, datasets: Mapping[str, Dataset], unreadable: list[str] | None = None) -> dict[str, Wanted]:
     """By key, everything cacheable that the splits {"train": …} can ask for, texts that all samples share first.
 
-    Nothing is decoded, and the cache's folder is not looked at.
+    Nothing is decoded, and the cache's folder is not looked at. unreadable: gets why entries of files that cannot even
+    be hashed are left out; the stream replaces these.
     """
     found: dict[str, Wanted] = {}
     outputs: dict[str, list[str]] = {}
@@ -69,7 +70,13 @@ def wanted(cache: Cache, datasets: Mapping[str, Dataset]) -> dict[str, Wanted]:
             found[cache.key(output, text_identity(text))] = Wanted(output, text_identity(text), repr(text), None)
     for split, dataset in datasets.items():
         for index in range(len(dataset)):
-            for field, sources in dataset.sources(index).items():
+            try:
+                asked = dataset.sources(index)
+            except BadVideoError as error:
+                if unreadable is not None:
+                    unreadable.append(str(error))
+                continue
+            for field, sources in asked.items():
                 for number, source in enumerate(sources if field in outputs else ()):
                     one = _of_source(source, (split, index, field, number))
                     if one is not None:
@@ -107,7 +114,10 @@ def fill(
     Raises UserError, on all ranks, for an encoding that is not finite (it names the file) and for a folder that cannot
     be written. Files that cannot be read are left out, with a warning: the stream replaces them.
     """
-    entries = wanted(cache, datasets)
+    hashless: list[str] = []
+    entries = wanted(cache, datasets, hashless)
+    if hashless and distributed.is_main():
+        log.warning("not cached, since it cannot be read:\n  %s", "\n  ".join(hashless[:SHOWN]))
     _write_manifest(cache, name, entries)
     rank, world = distributed.rank(), distributed.world_size()
     mine = [one for key, one in entries.items() if int(key[:8], 16) % world == rank]
@@ -303,11 +313,14 @@ def _alike(
 @torch.no_grad()
 def _encode(encoder: Encoder, ones: Sequence[Wanted], values: Tensor | list[str]) -> Tensor:
     """The encodings on the CPU. Raises UserError that names the file if one is not finite."""
-    encodings = encoder.encode(ones[0].output, values).cpu()
+    try:
+        encodings = encoder.encode(ones[0].output, values).cpu()
+    except UserError as error:  # the encoder knows rows, not files
+        raise UserError(f"{error} The batch was {', '.join(one.name for one in ones)}") from error
     for one, encoding in zip(ones, encodings, strict=True):
         if not torch.isfinite(encoding).all():
             raise UserError(
                 f"{one.name}: its {one.output} have values that are not finite, so nothing could be learnt from them. "
-                "Look at this file; an encoder in half precision can also overflow: choose another dtype for it"
+                "Look at this file; an encoder in half precision can also overflow: model.encoder.dtype=fp32"
             )
     return encodings

@@ -5,6 +5,7 @@ before they are, so that an entry that no manifest lists is one that nobody asks
 """
 
 import json
+import logging
 import os
 import time
 import uuid
@@ -17,6 +18,8 @@ from vireo import cache
 from vireo.errors import UserError
 
 UNFINISHED_AFTER = 3600.0  # seconds: an older unfinished file belongs to no process any more
+
+log = logging.getLogger(__name__)
 
 
 class Listed(NamedTuple):
@@ -53,7 +56,10 @@ def write(folder: Path, name: str, entries: Mapping[str, Listed]) -> Path:
     text = _to_text(entries)
     try:
         if file.exists() and file.read_text(encoding="utf-8") == text:
-            os.utime(file)
+            try:
+                os.utime(file)
+            except OSError as error:  # somebody else's folder, or a read-only one: nothing has to be written there
+                log.info("%s: its time of use is not noted: %s", file, error.strerror)
         else:
             file.parent.mkdir(parents=True, exist_ok=True)
             unfinished = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")

@@ -35,8 +35,9 @@ class ExponentialMovingAverage:
         if not self.average:
             return
         decay = min(self.decay, (1 + step) / (10 + step)) if step else 0.0
-        weight = finite.float() * (1 - decay)  # stays on the device: no synchronisation
         averages = list(self.average.values())
+        # Stays on the device, so there is no synchronisation, but for parts that are offloaded to the host.
+        weight = finite.float().to(averages[0].device) * (1 - decay)
         change = torch._foreach_sub([p.detach().float() for p in self.parameters.values()], averages)
         torch._foreach_mul_(change, weight)
         torch._foreach_add_(averages, change)

@@ -150,6 +150,8 @@ def run(settings: dict[str, Any], overrides: Sequence[str]) -> Job:
         if settings["preempt_at"]:
             raise UserError(f"preempt_at starts processes anew, and {others.starter} owns them: use python train.py …")
     folder = _make_folder(settings)
+    if settings["resume"] == "none":
+        settings = {**settings, "resume": "auto"}  # the folder is a new one, and restarts go on in it
     _refuse_other_config(folder, settings)
     done = run_folder.finished(folder) if settings["resume"] == "auto" else None
     if done and not _longer(settings, done):

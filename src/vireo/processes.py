@@ -178,14 +178,12 @@ def _about(rank: int, code: int, resolved: Path) -> str:
 
 @contextmanager
 def _forward_signals(workers: Sequence[subprocess.Popen]) -> Iterator[list[int]]:
-    """Pass stop signals on to the workers, and list them. A Ctrl-C reaches the workers from the terminal itself."""
+    """Pass stop signals on to the workers, and list them."""
     asked: list[int] = []
 
     def forward(number: int, frame: object) -> None:
-        if number == signal.SIGINT:
-            return
         for worker in workers:
-            worker.send_signal(number)  # of no effect on those that have ended
+            worker.send_signal(number)  # of no effect on those that have ended, or heard a Ctrl-C from the terminal
         if number not in asked:
             asked.append(number)
 

@@ -8,7 +8,6 @@ import importlib.util
 import json
 import os
 import re
-import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vireo import processes, run_folder
+from vireo import processes, ranks, run_folder
 from vireo.errors import UserError
 
 GLANCE = 0.5  # seconds from one look at the first machine's file to the next
@@ -50,7 +49,8 @@ def share(resolved: Path, count: int) -> processes.Share:
     """What this machine, the first one of its job, has to run; the others are told, if there are any."""
     if nodes() == 1:
         return processes.WHOLE
-    address, port = socket.getfqdn(), processes.free_port()
+    # By the name that Slurm knows it by: the machine's own idea of its name is often that of the loopback.
+    address, port = ranks.first_host(os.environ["SLURM_JOB_NODELIST"]), processes.free_port()
     attempt = (_told() or {}).get("attempt", 0) + 1
     _tell({"attempt": attempt, "resolved": str(resolved), "count": count, "address": address, "port": port})
     return processes.Share(0, nodes(), address, port)

@@ -42,9 +42,11 @@ def objective(best: float | None, higher_is_better: bool) -> float:
 
 
 def exit_code(sweep: Path) -> int:
-    """The worst of all jobs; a fault if one left no code, or if there was no job."""
-    codes = [one.get("exit_code") for one in notes(sweep).values()] or [None]
-    return max(faults.EXIT_FAULT if code is None else code for code in codes)
+    """The worst of all jobs, a fault before a requested stop; a fault if one left no code, or if there was no job."""
+    found = [one.get("exit_code") for one in notes(sweep).values()] or [None]
+    codes = [faults.EXIT_FAULT if code is None else code for code in found]
+    failed = [code for code in codes if code not in (faults.EXIT_FINISHED, faults.EXIT_STOPPED)]
+    return max(failed or codes)
 
 
 def rows(sweep: Path) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Held-out clips: what the network makes of them, measured beside naive baselines and made visible."""
 
 import itertools
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -17,6 +18,8 @@ from vireo.models.encoders import Encoder
 from vireo.pixels import to_uint8
 from vireo.randomness import Draws
 from vireo.sampling.sampler import Sampler
+
+log = logging.getLogger(__name__)
 
 SEED = "validation"  # validation draws the same numbers at every step of every run
 
@@ -77,6 +80,8 @@ def score_clips(
             batch = stream.batch(some, device)
             draws = Draws(stream.seed, batch["position"], device)
             names = batch.get("name", [str(index) for index in some])
+            for path, reason in batch["bad"]:
+                log.warning("a held-out clip cannot be read, another is scored in its place: %s: %s", path, reason)
             rates, tasks = (batch.get(field, [None] * len(some)) for field in ("fps", "task"))
             batch = encoder(batch, draws)
             losses = [_loss(loss, network, batch, draws, row) for row in range(len(some))]

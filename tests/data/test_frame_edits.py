@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import shutil
 from pathlib import Path
@@ -310,3 +311,11 @@ def test_the_real_sample():
         for index in range(count):
             frames, target = loaded(edited.sample(index, draws()))
             assert frames.shape == (20, 3, 64, 64) and target.float().std() > 10
+
+
+def test_two_entries_of_one_name_keep_their_own_identities(root):
+    edited = FrameEdits(root, 1, 8, 8)
+    first, second = edited.clips[:2]
+    edited.clips[1] = dataclasses.replace(second, name=first.name)
+    one, two = (edited.sample(index, draws())["target"].identity for index in (0, 1))
+    assert one != two

@@ -24,7 +24,11 @@ def cluster(tmp_path_factory):
     if os.environ.get("VIREO_TEST_SLURM") != "1":
         pytest.skip("VIREO_TEST_SLURM=1 starts a Slurm; before, as root: tests/slurm/cluster.sh install")
     folder = tmp_path_factory.mktemp("slurm")
-    started = subprocess.run([SCRIPT, "start", folder], capture_output=True, text=True, timeout=90)
+    try:
+        started = subprocess.run([SCRIPT, "start", folder], capture_output=True, text=True, timeout=90)
+    except subprocess.TimeoutExpired:
+        subprocess.run([SCRIPT, "stop", folder], timeout=60, check=False)
+        pytest.skip("Slurm did not start within 90 s")
     try:
         if started.returncode:
             pytest.skip(f"no Slurm: {started.stderr.strip()[-300:]}")
@@ -33,7 +37,7 @@ def cluster(tmp_path_factory):
         yield
     finally:
         os.environ.pop("SLURM_CONF", None)
-        subprocess.run([SCRIPT, "stop", folder], timeout=30, check=False)
+        subprocess.run([SCRIPT, "stop", folder], timeout=60, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +107,8 @@ def test_a_preempted_job_is_queued_again_and_equals_an_undisturbed_one(tmp_path,
     )
     folder = tmp_path / "taehv" / "preempted"
     wait_for_rows(folder)
-    (job,) = subprocess.run(["squeue", "-h", "-o", "%A"], capture_output=True, text=True).stdout.split()
+    running = subprocess.run(["squeue", "-h", "-t", "RUNNING", "-o", "%A"], capture_output=True, text=True)
+    (job,) = running.stdout.split()
     signalled_and_requeued(job, "USR2")
     said, _ = parent.communicate(timeout=120)
     assert parent.returncode == 0, said

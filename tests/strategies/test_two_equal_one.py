@@ -36,7 +36,7 @@ full = pytest.mark.full
 STRATEGIES = [
     pytest.param(("ddp", QUICK), id="ddp-quick"),
     pytest.param(("fsdp", QUICK), id="fsdp-quick"),
-    pytest.param(("zero3", ("taehv",)), id="zero3-quick"),
+    pytest.param(("zero3", ("taehv",)), id="zero3-quick", marks=full),
     *(
         pytest.param((name, FULL), id=name, marks=full)
         for name in ("ddp", "fsdp", "fsdp_offload", "zero2", "zero2_offload", "zero3")

@@ -135,8 +135,8 @@ def _write(splits: Mapping[str, Sequence[Checked]], root: Path, out: Path) -> No
     """Save beside `out`, then swap: a reader finds the old dataset or the new one."""
     import datasets
 
-    root, out = root.resolve(), out.resolve()
-    info = datasets.DatasetInfo(description=description(root, out), features=features())
+    out = out.resolve()
+    info = datasets.DatasetInfo(description=description(root.resolve(), out), features=features())
     made = {name: datasets.Dataset.from_dict(_columns(some, root), info=info.copy()) for name, some in splits.items()}
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished, old = (out.with_name(f".{out.name}.{what}-{os.getpid()}") for what in ("unfinished", "old"))
@@ -148,7 +148,12 @@ def _write(splits: Mapping[str, Sequence[Checked]], root: Path, out: Path) -> No
             _spell_as_before(unfinished / split)
         if out.exists():
             out.rename(old)
-        unfinished.rename(out)
+        try:
+            unfinished.rename(out)
+        except BaseException:
+            if old.exists():
+                old.rename(out)
+            raise
     finally:
         for leftover in (unfinished, old):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -184,6 +189,6 @@ def _without_progress_bars() -> Iterator[None]:
 
 
 def _columns(some: Sequence[Checked], root: Path) -> dict[str, list[Any]]:
-    frames = [[f.path.resolve().relative_to(root).as_posix() for f in one.clip.frames[:-1]] for one in some]
+    frames = [[f.path.relative_to(root).as_posix() for f in one.clip.frames[:-1]] for one in some]
     pictures = [{"bytes": one.edited, "path": one.clip.frames[-1].path.name} for one in some]
     return {"input_frames": frames, "edit_prompt": [one.clip.prompt for one in some], "edited_image": pictures}

@@ -87,7 +87,7 @@ class FrameEdits:
         self.frames_root = None if frames_root is None else Path(frames_root).expanduser()
         self.listing = self._list()
         self.clips = self._chosen()
-        self._known: dict[tuple[str, str], list[str]] = {}
+        self._known: dict[tuple[int, str], list[str]] = {}
         if self.listing.left_out and split == "train":  # once, not for each split
             left_out = shortened(self.listing.left_out)
             logger.warning("clips of %s that cannot be used are left out:\n%s", self.root, left_out)
@@ -215,7 +215,7 @@ class FrameEdits:
         """Of these frames, which are hashed once in the life of this dataset."""
         if view.about is None:
             return [None] * len(numbers)
-        key = (clip.name, json.dumps(view.about, sort_keys=True))
+        key = (id(clip), json.dumps(view.about, sort_keys=True))  # a name may come twice in published datasets
         if key not in self._known:
             decoding = {"decoder": decoder_version("pillow"), **view.about}
             self._known[key] = [identify(content, **decoding) for content in _digests(clip, numbers)]

@@ -264,10 +264,14 @@ class _Pipeline:
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
+    """Weights are linked; the other files are small, and whoever edits them means this folder alone."""
     if target.exists() and target.samefile(source):
         return
     target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without hard links
-        shutil.copyfile(source, target)
+    if source.suffix == ".safetensors":
+        try:
+            os.link(source, target)
+            return
+        except OSError:  # another file system, or one without hard links
+            log.debug("%s is copied: no link to %s can be made", target, source)
+    shutil.copyfile(source, target)

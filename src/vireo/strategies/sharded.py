@@ -94,7 +94,8 @@ class FullySharded(Strategy):
         if max_norm is not None:
             factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
             torch._foreach_mul_(gradients, factor.to("cpu") if self.offload else factor)
-        optimizers.guarded_step(self.optimizer, torch.isfinite(norm))
+        finite = torch.isfinite(norm)
+        optimizers.guarded_step(self.optimizer, finite.cpu() if self.offload else finite)
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
