@@ -174,7 +174,10 @@ def pure(dataset: Some, encoder: Any, batch_size: int) -> None:
             encoder.encode("target_moments", pictures)
 
 
-def preparation(settings: dict[str, Any], dataset: Any, encoder: Any, pairs: int, clips: int) -> None:
+def preparation(side: int, pairs: int, clips: int) -> None:
+    """Filling an empty cache. At the recipe's side the small VAE is still far cheaper than the real one."""
+    settings = config.settings([*WORDS, f"height={side}", f"width={side}"])
+    dataset, encoder = objects.dataset(settings, "train"), objects.encoder(settings)
     batch_size, firsts = settings["cache"]["batch_size"], itertools.count(0, clips)
     with tempfile.TemporaryDirectory() as folder:
 
@@ -183,7 +186,7 @@ def preparation(settings: dict[str, Any], dataset: Any, encoder: Any, pairs: int
             fill(Cache.of(encoder, Path(folder) / str(time.monotonic_ns())), some, encoder, batch_size)
 
         ratio = paired(prepare, lambda: pure(Some(dataset, 0, clips), encoder, batch_size), pairs)
-        print(f"preparation of {clips} clips / decoding and encoding alone   {ratio}   {verdict(ratio, 1.1)}")
+        print(f"preparation, {side} pixels / decoding and encoding alone   {ratio}   {verdict(ratio, 1.1)}", flush=True)
 
 
 def warm_start(settings: dict[str, Any], dataset: Any, folder: Path) -> Cache:
@@ -210,7 +213,8 @@ def main() -> None:
     settings = config.settings(WORDS)
     dataset, encoder = objects.dataset(settings, "train"), objects.encoder(settings)
     print(f"{len(dataset)} clips of 21 frames of 64x64, {torch.get_num_threads()} threads, {pairs} pairs")
-    preparation(settings, dataset, encoder, max(pairs // 3, 3), clips=8)
+    preparation(64, max(pairs // 3, 3), clips=8)
+    preparation(256, max(pairs // 6, 3), clips=2)
     with tempfile.TemporaryDirectory() as folder:
         cache = warm_start(settings, dataset, Path(folder))
         cached = Loop(settings, dataset, encoder, cache)
