@@ -87,7 +87,7 @@ def test_nested_keys_are_followed():
 def test_misspelt_group_and_option(conf):
     assert "Did you mean optimizer?" in message("optimiser=adamw")
     assert message("experiment=tahv").startswith(
-        "command line: experiment=tahv: there is no such option. Did you mean taehv? There are taehv"
+        "command line: experiment=tahv: there is no such option. Did you mean taehv? There are "
     )
     assert message("freeze_policy=decoder") == (
         "command line: freeze_policy: the group is written freeze-policy=decoder"
