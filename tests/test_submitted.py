@@ -120,6 +120,7 @@ def test_the_other_machines_of_a_job_do_what_the_first_one_tells(tmp_path, monke
     monkeypatch.setattr(submitted, "_message", lambda: tmp_path / "start.json")
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "node[03-04]")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     monkeypatch.setattr(submitted, "GLANCE", 0.01)
     (tmp_path / "start.json").write_text('{"over": true, "restart": "0"}')  # of the job's life before it was requeued
