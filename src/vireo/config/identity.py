@@ -10,8 +10,8 @@ from typing import Any
 # Nothing of this changes what a run learns: where and on how many processes it runs, what is looked at and kept, how
 # it is called. (The size is in its numbers; `interpolations` only says where values come from.)
 NOT_PART_OF_A_RUN = (
-    "run", "resume", "preempt_at", "notes", "tags", "allow_changes", "allow_targets", "interpolations", "machine",
-    "mini_of", "launcher", "strategy", "logging", "tracker", "validation", "checkpoint", "loader", "faults",
+    "run", "resume", "preempt_at", "max_hours", "notes", "tags", "allow_changes", "allow_targets", "interpolations",
+    "machine", "mini_of", "launcher", "strategy", "logging", "tracker", "validation", "checkpoint", "loader", "faults",
     "cache", "paths.outputs", "model.sampler", "model.checks", "model.evaluations",
 )  # fmt: skip
 LENGTH = ("steps", "epochs")

@@ -83,6 +83,7 @@ class Ema:
 class Faults:
     max_consecutive_skips: int = knob("steps in a row without a finite gradient that end the run", 10, at_least=1)
     max_consecutive_save_failures: int = knob("failed checkpoints in a row that end the run", 3, at_least=1)
+    max_loss_rise: float | None = knob("no update where the loss is above so many times its mean", None, above=1)
 
 
 @dataclass
@@ -173,6 +174,7 @@ class Config:
     num_frames: int = knob("frames that the network is conditioned on or makes", at_least=1)
     height: int = knob("pixels", at_least=1)
     width: int = knob("pixels", at_least=1)
+    max_hours: float | None = knob("stop after so many hours as a preempted job does; null: never", None, above=0)
     precision: Precision = knob("auto: bf16 where the GPU has it, else fp32", Precision.auto)
 
     run: str | None = knob("name of the run's folder; without one: the overrides in short and a hash", None)

@@ -41,6 +41,8 @@ class FullySharded(Strategy):
     precision: fp32, bf16 or auto, by autocast from float32 weights as in `Replicated`. timeout: see there.
     """
 
+    forward_is_local = False  # it gathers parameters
+
     def __init__(
         self, offload: bool = False, unit: int = 1_000_000, precision: str = "auto", timeout: float = 1800
     ) -> None:
