@@ -21,7 +21,7 @@ import pickle, sys
 from pathlib import Path
 import torch
 from torch import nn
-from tests.test_training import losses, run
+from tests.test_training import Large, losses, run
 from tests.toys import Denoise
 from vireo import distributed, worker
 from vireo.console import set_up_logging
@@ -46,6 +46,10 @@ result["poisoned"] = [p.detach() for p in network.parameters()]
 result["skipped"] = progress.skipped
 
 rank = distributed.rank()
+large = Large(1 if rank == 1 else 2)
+result["out_of_memory"] = losses(run(batch_size=2, loss=large)[2])
+result["sizes"] = large.sizes
+
 result["vote"] = distributed.vote(1 << rank)
 result["gather"] = distributed.gather(f"rank {rank}")
 result["mean"] = distributed.average({"b": float(rank), "a": 1.0})
@@ -120,7 +124,7 @@ def test_two_ranks_equal_one_with_the_same_global_batch(ranks, one):
         torch.testing.assert_close(rank["losses"], one[0], rtol=2e-6, atol=0)
         for here, alone in zip(rank["weights"] + rank["average"], one[1] + one[2], strict=True):
             torch.testing.assert_close(here, alone.detach(), rtol=1e-5, atol=1e-7)
-    assert ranks[0]["progress"] == (6, 24, 0)
+    assert ranks[0]["progress"] == (6, 24, 0, None)
 
 
 def test_so_do_two_ranks_that_accumulate(ranks, one):
@@ -131,6 +135,11 @@ def test_the_ranks_are_bitwise_equal(ranks):
     for name in ("weights", "poisoned", "average"):
         assert all(torch.equal(a, b) for a, b in zip(ranks[0][name], ranks[1][name], strict=True))
     assert ranks[0]["losses"] == ranks[1]["losses"]
+
+
+def test_memory_that_runs_out_on_one_rank_makes_both_take_smaller_pieces(ranks, one):
+    assert ranks[0]["sizes"] == ranks[1]["sizes"] == [2, 2, 2, *[1] * 8]
+    torch.testing.assert_close(ranks[0]["out_of_memory"], one[0], rtol=2e-6, atol=0)
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_both(ranks):

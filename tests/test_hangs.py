@@ -1,5 +1,6 @@
 """A step that takes far too long leaves the stacks of this process behind; an ordinary one leaves nothing."""
 
+import multiprocessing
 import time
 
 import pytest
@@ -49,3 +50,14 @@ def test_the_first_steps_may_take_most_of_the_collectives_timeout(tmp_path):
     assert watchdog.patience() == hangs.AT_LEAST
     watchdog.seconds.extend([100.0] * 10)
     assert watchdog.patience() == pytest.approx(hangs.SHARE * 50), "stacks are there before the collective gives up"
+
+
+def test_a_forked_child_can_watch_too(tmp_path):
+    watchdog = Watchdog(tmp_path / "stacks.txt", timeout=100)
+    watchdog.begin_step()
+    child = multiprocessing.get_context("fork").Process(target=watchdog.close)
+    child.start()
+    child.join(20)
+    alive = child.is_alive()
+    child.kill()
+    assert not alive

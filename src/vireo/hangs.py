@@ -8,6 +8,7 @@ works while everything else stands still.
 
 import faulthandler
 import logging
+import os
 import statistics
 import time
 from collections import deque
@@ -23,6 +24,9 @@ AT_LEAST = 30.0  # seconds: a slow disk is no hang
 SHARE = 0.7  # of the collectives' timeout, after which nobody can be asked any more
 RECENT = 50  # steps
 REARM = 1.0  # seconds; arming starts a thread, which takes 0.1 ms
+
+# A forked child would have faulthandler's lock but not its thread, and wait for it for ever. The next step arms anew.
+os.register_at_fork(before=faulthandler.cancel_dump_traceback_later)
 
 
 class Watchdog:
