@@ -201,8 +201,13 @@ class Run:
             self._check_network()
             if settings["validation"]["at_start"] and len(self.held_out):
                 self.report(0, self.validate(0))
+        return self.finish(self.advance(progress))
+
+    def advance(self, progress: Progress) -> Progress:
+        """Make steps from `progress` until the run's end or a stop; returns where it got to."""
+        settings = self.settings
         with contextlib.closing(self.watchdog):
-            progress = train(
+            return train(
                 self.wrapped,
                 self.encoder,
                 self.loss,
@@ -227,7 +232,6 @@ class Run:
                 record=self.record,
                 at_boundary=self.at_boundary,
             )
-        return self.finish(progress)
 
     def _check_space(self) -> None:
         """Refuse (UserError) to train what cannot be saved; say so where it cannot be kept as often as asked."""
