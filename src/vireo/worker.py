@@ -1,4 +1,4 @@
-"""One process of a run: `python -m vireo.worker <run>/resolved.yaml`, with RANK and its like where there are several.
+"""One process of a run, with RANK and its like in the environment where there are several.
 
 It builds the Model, Dataset and Loss objects of the resolved config, takes up the newest good checkpoint and calls
 the loop (training.py). What happens at a step's boundary (validate, save, export) is decided here.
@@ -10,7 +10,6 @@ import math
 import os
 import shutil
 import socket
-import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping
@@ -47,7 +46,7 @@ from vireo.randomness import Draws
 from vireo.training import Progress, train
 from vireo.validation import SEED, validate
 
-log = logging.getLogger("vireo.worker")  # its __name__ is __main__
+log = logging.getLogger(__name__)
 
 
 class Run:
@@ -117,11 +116,11 @@ class Run:
         )
 
     def _find_checkpoint(self) -> checkpoint.Checkpoint | None:
-        """The checkpoint that `resume` names, the same one on every rank; None is a fresh start."""
+        """The newest good checkpoint, the same one on every rank; None is a fresh start."""
         found = None
         if distributed.is_main():
             checkpoint.clean(self.folder)
-            found = checkpoint.find(self.folder, self.settings["resume"])
+            found = checkpoint.latest(self.folder)
         return distributed.gather(found)[0]
 
     def resume(self) -> Progress:
@@ -452,15 +451,16 @@ def main(path: Path, text: str | None = None) -> int:
     text: what `path` holds, for a process that was told it.
     """
     code = _main(path, text)
-    if code not in (faults.EXIT_FINISHED, faults.EXIT_STOPPED):
-        processes.note_failure(path, int(os.environ.get("RANK", "0")))
-    distributed.close()
+    failed = code not in (faults.EXIT_FINISHED, faults.EXIT_STOPPED)
+    if failed:
+        processes.note_failure(int(os.environ.get("RANK", "0")))
+    if not distributed.close(after_fault=failed):
+        os._exit(code)  # whoever waits for this process must learn of the failure
     # torchrun, in whose hands this is, would take a requested stop for a failure, and start again after it.
     return 0 if code == faults.EXIT_STOPPED and "TORCHELASTIC_RUN_ID" in os.environ else code
 
 
 def _main(path: Path, text: str | None) -> int:
-    faults.die_with_parent()
     tracking.silence_telemetry()
     folder = path.parent
     try:
@@ -481,10 +481,3 @@ def _main(path: Path, text: str | None) -> int:
         if faults.is_out_of_memory(error):
             log.error("out of memory. %s", faults.LEVERS)
         return faults.EXIT_FAULT
-
-
-if __name__ == "__main__":
-    from vireo.console import set_up_logging
-
-    set_up_logging(Path(sys.argv[1]).parent / "train.log")
-    sys.exit(main(Path(sys.argv[1])))
