@@ -119,9 +119,12 @@ def folder_of(run_folder: Path, step: int) -> Path:
     return run_folder / "checkpoints" / f"step_{step:08d}"
 
 
-def latest(run_folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that verifies; damaged ones are reported by name and passed over. None: a fresh start."""
-    for step in reversed(steps(run_folder)):
+def latest(run_folder: Path, before: int | None = None) -> Checkpoint | None:
+    """The newest checkpoint that verifies; damaged ones are reported by name and passed over. None: a fresh start.
+
+    before: only those whose next step is this one or an earlier one.
+    """
+    for step in reversed([step for step in steps(run_folder) if before is None or step <= before]):
         try:
             return verify(folder_of(run_folder, step))
         except UserError as error:

@@ -105,7 +105,11 @@ def _make(settings: Mapping[str, Any], name: str, loader: Mapping[str, float] = 
 
 
 def _survives(
-    fault: Fault, settings: Mapping[str, Any], start: Callable[[Path, Fault | None], int], exact: bool, undisturbed: Path
+    fault: Fault,
+    settings: Mapping[str, Any],
+    start: Callable[[Path, Fault | None], int],
+    exact: bool,
+    undisturbed: Path,
 ) -> str | None:
     """What went wrong; None if nothing did."""
     folder = _make(settings, fault.title, fault.loader)
@@ -235,7 +239,6 @@ def _take_memory() -> None:
 def _break_a_file() -> None:
     """One entry cannot be read, the first time that it is asked for."""
     from vireo.data.stream import Stream
-    from vireo.video_io import BadVideoError
 
     draw = Stream._draw
 
@@ -280,7 +283,7 @@ def _needs_workers(settings: Mapping[str, Any]) -> str | None:
     return "loader.workers is 0" if not settings["loader"]["workers"] else None
 
 
-KILLED = -signal.SIGKILL
+KILLED = 128 + signal.SIGKILL
 FAULTS = (
     Fault("kill", f"SIGKILL in step {AT}", lambda: _at_step(AT, _signal(signal.SIGKILL)), KILLED),
     Fault("kill-save", "SIGKILL while the first checkpoint is written", _kill_in_a_save, KILLED),

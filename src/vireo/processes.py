@@ -46,6 +46,7 @@ def run(
     held: int | None = None,
     obsolete: Callable[[], bool] = lambda: False,
     resend: bool = False,
+    entry: Sequence[str] = ("vireo.start_worker",),
 ) -> int:
     """Run `count` workers on a resolved config to their end; returns the exit code of the one that failed first.
 
@@ -55,6 +56,8 @@ def run(
 
     held: file descriptor of the run's lock, which the workers inherit. obsolete: asked now and then whether the workers
     should end, since those of another machine have.
+
+    entry: the module that a worker is, and its arguments behind the parent's number and the config.
 
     resend: signals that came meanwhile are sent to this process again once the workers have saved and ended, when its
     own handlers are back (submitit's requeues the job).
@@ -66,7 +69,7 @@ def run(
             shutil.rmtree(old)
     first = share.node * count
     variables = [{**own, NOTES: str(notes)} for own in environment(count, share)]
-    workers = {first + k: _start(resolved, first + k, variables[k], held) for k in range(count)}
+    workers = {first + k: _start(entry, resolved, first + k, variables[k], held) for k in range(count)}
 
     def needless() -> bool:
         return obsolete() or (share.nodes > 1 and bool(_noted(notes).keys() - workers.keys()))
@@ -118,7 +121,9 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def _start(resolved: Path, rank: int, variables: Mapping[str, str], held: int | None) -> subprocess.Popen:
+def _start(
+    entry: Sequence[str], resolved: Path, rank: int, variables: Mapping[str, str], held: int | None
+) -> subprocess.Popen:
     # Threads that wait by spinning take the core from the loader's workers where there are few.
     inherited = {
         "OMP_WAIT_POLICY": "PASSIVE",
@@ -126,7 +131,7 @@ def _start(resolved: Path, rank: int, variables: Mapping[str, str], held: int | 
         "HYDRA_FULL_ERROR": "1",
         "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
     }
-    command = [sys.executable, "-u", "-m", "vireo.start_worker", str(os.getpid()), str(resolved)]
+    command = [sys.executable, "-u", "-m", entry[0], str(os.getpid()), str(resolved), *entry[1:]]
     descriptors = () if held is None else (held,)
     if rank == 0:
         return subprocess.Popen(command, env={**inherited, **variables}, pass_fds=descriptors)

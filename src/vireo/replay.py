@@ -41,9 +41,12 @@ class Sample:
 class _Again(Run):
     """A run that goes silently to a step and makes it one sample at a time."""
 
-    def __init__(self, settings: dict[str, Any], folder: Path, step: int) -> None:
-        super().__init__(settings, folder, faults.StopRequest())
-        self.target = step
+    def __init__(self, settings: dict[str, Any], folder: Path, scratch: Path, step: int) -> None:
+        self.original, self.target = folder, step
+        super().__init__(settings, scratch, faults.StopRequest())
+
+    def _find_checkpoint(self) -> checkpoint.Checkpoint | None:
+        return checkpoint.latest(self.original, before=self.target)
 
     def report(self, step: int, figures: Mapping[str, float]) -> None:
         """Nobody looks."""
@@ -90,17 +93,14 @@ def replay(settings: dict[str, Any], run_folder: Path, incident: Incident) -> li
 
     settings: the run's resolved ones. One process does it, whatever the run had; the global batch is the incident's.
     """
-    before = [step for step in checkpoint.steps(run_folder) if step <= incident.step]
-    start = str(checkpoint.folder_of(run_folder, before[-1])) if before else "none"
     settings = {
         **settings,
-        "resume": start,
         "preempt_at": None,
         "max_hours": None,
         "strategy": {"_target_": "vireo.strategies.replicated.Replicated", "processes": "one"},
         "faults": {**settings["faults"], "max_consecutive_skips": incident.step + 1},
     }
     with tempfile.TemporaryDirectory() as scratch:
-        again = _Again(settings, Path(scratch), incident.step)
+        again = _Again(settings, run_folder, Path(scratch), incident.step)
         again.accumulation = max(1, len(incident.samples) // settings["batch_size"])
         return again.samples(again.reach())

@@ -22,20 +22,26 @@ def read(words: Sequence[str], own: Collection[str]) -> Arguments:
     own: names of the verb's own keys. Raises UserError for words that are not key=value, unknown runs and whatever
     is wrong with the config.
     """
+    values, overrides = split(words, ["run", *own])
+    if "run" in values:
+        folder = find_run(values.pop("run"))
+        return Arguments(config.change(config.load_resolved(folder / "resolved.yaml"), overrides), folder, values)
+    return Arguments(config.settings(overrides), None, values)
+
+
+def split(words: Sequence[str], own: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """A verb's own values, and the words for the config. Raises UserError for words that are not key=value."""
     values: dict[str, str] = {}
     overrides: list[str] = []
     for word in words:
         key, equals, value = word.partition("=")
         if not equals and "/" not in word and not word.startswith("~"):
-            raise UserError(f"{word!r} is not key=value; this verb takes {', '.join(f'{k}=' for k in ['run', *own])}")
-        if key in own or key == "run":
+            raise UserError(f"{word!r} is not key=value; this verb takes {', '.join(f'{k}=' for k in own)}")
+        if key in own:
             values[key] = value
         else:
             overrides.append(word)
-    if "run" in values:
-        folder = find_run(values.pop("run"))
-        return Arguments(config.change(config.load_resolved(folder / "resolved.yaml"), overrides), folder, values)
-    return Arguments(config.settings(overrides), None, values)
+    return values, overrides
 
 
 def find_run(name: str) -> Path:
