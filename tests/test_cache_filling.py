@@ -187,6 +187,86 @@ def test_files_that_cannot_be_read_are_left_out_with_a_warning(tmp_path, data, c
     assert "1_2.raw: is cut off" in caplog.text
 
 
+class Disturbed(Latents):
+    """Before the n-th encoding something happens to the files."""
+
+    def __init__(self, *happenings, weights=None):
+        super().__init__(weights)
+        self.happenings = list(happenings)
+
+    def encode(self, output, values):
+        if self.happenings:
+            self.happenings.pop(0)()
+        return super().encode(output, values)
+
+
+def holds_what_its_keys_say(folder, root):
+    """Whether every entry of a picture is the encoding of a file that is there now, computed afresh."""
+    digests._remembered.clear()
+    datasets, encoder, found = splits(root), Latents(), 0
+    store = cache_of(encoder, folder)
+    for dataset in datasets.values():
+        for index in range(len(dataset)):
+            for field in ("frames", "target"):
+                for source in dataset.sources(index)[field]:
+                    value = store.read("frame_moments", source.identity)
+                    expected = encoder.encode("frame_moments", source.load()[None])[0]
+                    found += value is not None
+                    if value is not None and not torch.allclose(value, expected, atol=1e-5):
+                        return False
+    return found == len(list(entries(folder))) - TEXTS
+
+
+def test_a_file_that_changes_meanwhile_is_encoded_as_what_it_became(tmp_path, data, caplog):
+    encoder = Disturbed(lambda: write_picture(data / "2_3.raw", 231))
+    filled = cache_filling.fill(cache_of(encoder, tmp_path / "cache"), splits(data), encoder, "toy", batch_size=2)
+    assert "1 files changed while they were encoded" in caplog.text and "not cached" not in caplog.text
+    assert filled.encoded == filled.entries == PICTURES + TEXTS and not filled.unreadable
+    assert len(list(entries(tmp_path / "cache"))) == PICTURES + TEXTS
+    assert holds_what_its_keys_say(tmp_path / "cache", data)
+
+
+def test_a_file_that_changes_between_two_looks_is_not_stored(tmp_path, data, monkeypatch):
+    """After its identity was compared, and before its bytes are read."""
+    original = Pictures.checked
+
+    def late(self, identity, file):
+        if file.name == "2_3.raw" and not self.decoded.count("late"):
+            self.decoded.append("late")
+            write_picture(file, 231)
+        return original(self, identity, file)
+
+    monkeypatch.setattr(Pictures, "checked", late)
+    fill(tmp_path / "cache", splits(data), Latents())
+    assert holds_what_its_keys_say(tmp_path / "cache", data)
+
+
+def test_a_file_that_keeps_changing_is_left_out(tmp_path, data, caplog, monkeypatch):
+    levels, original = iter(range(100, 200)), Pictures.checked
+
+    def restless(self, identity, file):
+        if file.name == "2_3.raw":
+            write_picture(file, next(levels))
+        return original(self, identity, file)
+
+    monkeypatch.setattr(Pictures, "checked", restless)
+    encoder = Latents()
+    filled = cache_filling.fill(cache_of(encoder, tmp_path / "cache"), splits(data), encoder, "toy", batch_size=1)
+    assert filled.encoded == PICTURES + TEXTS - 1 and len(filled.unreadable) == filled.changed == 1
+    assert "2_3.raw: has changed" in caplog.text
+
+
+def test_weights_that_change_meanwhile_store_nothing(tmp_path, data):
+    weights = tmp_path / "weights"
+    weights.write_bytes(b"1")
+    encoder = Disturbed(lambda: None, lambda: weights.write_bytes(b"22"), weights=str(weights))
+    with pytest.raises(UserError, match="the weights that make target_moments have changed"):
+        cache_filling.fill(cache_of(encoder, tmp_path / "cache"), splits(data), encoder, "toy", batch_size=100)
+    (manifest,) = cache_manifests.read(tmp_path / "cache")
+    kept = {manifest.entries[path.stem].output for path in entries(tmp_path / "cache")}
+    assert "target_moments" not in kept
+
+
 def test_an_encoding_that_is_not_finite_names_the_file(tmp_path, data):
     class Overflowing(Latents):
         def encode(self, output, values):

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from vireo import cache_manifests, distributed, faults
 from vireo.cache import Cache, New, literal, text_identity, text_of
-from vireo.data.source import Source
+from vireo.data.source import ChangedError, Source
 from vireo.data.stream import Dataset, start_worker
 from vireo.errors import UserError
 from vireo.models.encoders import Encoder
@@ -46,12 +47,14 @@ class Wanted(NamedTuple):
 
 class Filled(NamedTuple):
     """entries: how many there should be. encoded: how many were added. unreadable: what could not be decoded, and why.
-    stopped: whether it was asked to stop. All ranks together."""
+    changed: how many files were others than when they were listed, of which nothing was written. stopped: whether it
+    was asked to stop. All ranks together."""
 
     entries: int
     encoded: int
     unreadable: list[str]
-    stopped: bool
+    changed: int = 0
+    stopped: bool = False
 
 
 def wanted(cache: Cache, datasets: Mapping[str, Dataset], unreadable: list[str] | None = None) -> dict[str, Wanted]:
@@ -110,21 +113,45 @@ def fill(
 
     name: of the manifest that says who needs these entries. batch_size: how many are encoded at once. workers, timeout:
     of the loader. thorough: believe an entry that is there only after its checksum. stop: ends it after a batch.
-    The encoder's weights are loaded when there is something to encode, and freed afterwards.
-    Raises UserError, on all ranks, for an encoding that is not finite (it names the file) and for a folder that cannot
-    be written. Files that cannot be read are left out, with a warning: the stream replaces them.
+    The encoder's weights are loaded when there is something to encode, and freed afterwards. Files that change
+    meanwhile are told and looked at once more, so that an entry never holds another content than its key says.
+    Raises UserError, on all ranks, for an encoding that is not finite (it names the file), for weights that are being
+    replaced and for a folder that cannot be written. Files that cannot be read are left out, with a warning: the stream
+    replaces them.
     """
+    once = partial(_fill, cache, datasets, encoder, name, batch_size, workers, timeout, thorough, stop)
+    filled = once()
+    if filled.changed and not filled.stopped:
+        if distributed.is_main():
+            log.warning("%d files changed while they were encoded: they are looked at once more", filled.changed)
+        filled, before = once(), filled.encoded
+        filled = filled._replace(encoded=before + filled.encoded)
+    if filled.unreadable and distributed.is_main():
+        more = [f"and {len(filled.unreadable) - SHOWN} more"] if len(filled.unreadable) > SHOWN else []
+        log.warning("not cached, since it cannot be read:\n  %s", "\n  ".join([*filled.unreadable[:SHOWN], *more]))
+    return filled
+
+
+def _fill(
+    cache: Cache,
+    datasets: Mapping[str, Dataset],
+    encoder: Encoder,
+    name: str,
+    batch_size: int,
+    workers: int,
+    timeout: float,
+    thorough: bool,
+    stop: faults.StopRequest | None,
+) -> Filled:
     hashless: list[str] = []
     entries = wanted(cache, datasets, hashless)
-    if hashless and distributed.is_main():
-        log.warning("not cached, since it cannot be read:\n  %s", "\n  ".join(hashless[:SHOWN]))
     _write_manifest(cache, name, entries)
     rank, world = distributed.rank(), distributed.world_size()
     mine = [one for key, one in entries.items() if int(key[:8], 16) % world == rank]
     missing = [one for one in mine if not cache.holds(one.output, one.source, thorough)]
     total = sum(distributed.gather(len(missing)))
     if not total:
-        return Filled(len(entries), 0, [], False)
+        return Filled(len(entries), 0, hashless)
     if distributed.is_main():
         log.info("encoding cache %s: %d of %d entries are missing", cache.folder, total, len(entries))
     share = _Share(cache, encoder, datasets, missing, batch_size, workers, timeout)
@@ -145,13 +172,16 @@ def fill(
     _raise_on_all_ranks(share.problem)
     reports = distributed.gather((share.encoded, share.unreadable))
     encoded = sum(number for number, _ in reports)
-    unreadable = [reason for _, reasons in reports for reason in reasons]
+    unreadable = [one for _, some in reports for one in some]
     if distributed.is_main():
         log.info("encoding cache: %d entries added in %.0f s", encoded, time.monotonic() - began)
-        if unreadable:
-            more = [f"and {len(unreadable) - SHOWN} more"] if len(unreadable) > SHOWN else []
-            log.warning("not cached, since it cannot be read:\n  %s", "\n  ".join([*unreadable[:SHOWN], *more]))
-    return Filled(len(entries), encoded, unreadable, bool(flags & faults.STOP))
+    return Filled(
+        len(entries),
+        encoded,
+        [*hashless, *(one.reason for one in unreadable)],
+        sum(one.has_changed for one in unreadable),
+        bool(flags & faults.STOP),
+    )
 
 
 def listed(cache: Cache, entries: Mapping[str, Wanted]) -> dict[str, cache_manifests.Listed]:
@@ -181,6 +211,7 @@ def _raise_on_all_ranks(problem: str | None) -> None:
 
 class _Unreadable(NamedTuple):
     reason: str
+    has_changed: bool = False
 
 
 Decoded = Tensor | str | _Unreadable
@@ -206,16 +237,18 @@ class _Share:
         self.writer = ThreadPoolExecutor(1, "cache")
         self.waiting: list[New] = []
         self.writing: Future[int] | None = None
-        self.encoded, self.unreadable = 0, list[str]()
+        self.encoded, self.unreadable = 0, list[_Unreadable]()
+        self.compared: set[str] = set()
         self.problem: str | None = None
 
     def take_turn(self) -> None:
         """Encode one more batch, if there is one, and hand it to the writer."""
         try:
             batch: list[tuple[Wanted, Decoded]] = next(self.batches, [])
-            self.unreadable += [value.reason for _, value in batch if isinstance(value, _Unreadable)]
+            self.unreadable += [value for _, value in batch if isinstance(value, _Unreadable)]
             for ones, values in _alike(batch, self.encoder.device):
                 encodings = _encode(self.encoder, ones, values)
+                self._compare_weights(ones[0].output)
                 self.waiting += [
                     New(one.output, one.source, encoding, one.name)
                     for one, encoding in zip(ones, encodings, strict=True)
@@ -223,6 +256,15 @@ class _Share:
             self._write(WAITING)
         except UserError as error:
             self.problem = str(error)
+
+    def _compare_weights(self, output: str) -> None:
+        """Whether the weights, which have been loaded by now, are still those that the keys name."""
+        if output not in self.compared and self.encoder.identity(output) != self.cache.identities[output]:
+            raise UserError(
+                f"the weights that make {output} have changed since they were hashed; nothing was stored of them. "
+                "Start again when they are all there"
+            )
+        self.compared.add(output)
 
     def settle(self) -> None:
         """Wait until everything is written."""
@@ -259,15 +301,21 @@ class _Undecoded(TorchDataset):
         one = self.missing[number]
         if one.place is None:
             return one, text_of(one.source)
-        split, index, field, place = one.place
-        if self._entry[0] != (split, index):  # its other sources are likely to be the next ones
-            self._entry = (split, index), self.datasets[split].sources(index)
-        source = self._entry[1][field][place]
-        assert isinstance(source, Source)
         try:
+            source = self._source(*one.place)
+            if source.identity != one.source:
+                raise ChangedError(one.name, "has changed since it was listed")
             return one, source.load()
         except BadVideoError as error:
-            return one, _Unreadable(str(error))
+            return one, _Unreadable(str(error), isinstance(error, ChangedError))
+
+    def _source(self, split: str, index: int, field: str, number: int) -> Source:
+        """As it is now, which may be another one than was listed. Raises BadVideoError."""
+        if self._entry[0] != (split, index):  # its other sources are likely to be the next ones
+            self._entry = (split, index), self.datasets[split].sources(index)
+        source = self._entry[1][field][number]
+        assert isinstance(source, Source)
+        return source
 
 
 def _batches(missing: Sequence[Wanted], size: int) -> list[list[int]]:

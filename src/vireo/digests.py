@@ -54,6 +54,11 @@ def distrust() -> None:
     _trusted_from = time.time()
 
 
+def bytes_digest(content: bytes) -> str:
+    """The digest of a file with this content."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
 def file_digest(path: str | Path) -> str:
     """blake2b of a file's bytes, 32 hexadecimal digits. Raises OSError if it cannot be read."""
     return file_digests([path])[str(path)]

@@ -12,6 +12,7 @@ from PIL import Image
 from tests.data import edits
 from vireo.data.edit_clips_conversion import convert
 from vireo.data.frame_edits import FrameEdits
+from vireo.data.source import ChangedError
 from vireo.data.stream import Stream, collate
 from vireo.errors import UserError
 from vireo.randomness import Draws
@@ -173,6 +174,20 @@ def test_identities_follow_the_content_not_the_place(root, tmp_path):
     assert edited.sample(0, draws())["target"].identity == target.identity
     shutil.copy(moved / edits.NAMES[0] / "03.png", moved / edits.NAMES[0] / "20.png")
     assert FrameEdits(moved, 1, 8, 8).sample(0, draws())["target"].identity != target.identity
+
+
+def test_a_picture_that_has_changed_is_not_what_its_identity_says(root, tmp_path):
+    edited = FrameEdits(shutil.copytree(root, tmp_path / "edited"), 2, 8, 8)
+    before = edited.sample(0, draws())
+    place = tmp_path / "edited" / edits.NAMES[0] / "19.png"
+    shutil.copy(place.with_name("03.png"), place)
+    assert edited.sample(0, draws())["frames"][1].identity == before["frames"][1].identity, "asked once"
+    with pytest.raises(ChangedError, match="19.png: frame 19 of train/move_object/video_01: has changed since"):
+        before["frames"][1].load()
+    before["frames"][0].load()
+    now = edited.sources(0)["frames"][1]
+    assert now.identity != before["frames"][1].identity and now.load()[1, 0, 0] == 30
+    assert edited.sample(0, draws())["frames"][1].identity == now.identity
 
 
 def test_new_random_crops_have_no_identity(root):
