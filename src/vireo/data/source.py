@@ -42,7 +42,7 @@ def check_content(identity: str | None, path: str | Path, content: bytes | None 
     """Raises ChangedError if the bytes of a file are not those that `identify` was told of.
 
     content: the bytes that are decoded. None, for files that are too big to be held: called after decoding, this asks
-    the file system whether the file is still the one that was hashed. identity: None, of what is random, checks nothing.
+    the file system whether the file is still the one that was hashed. identity: None, of what is random, is not judged.
     """
     if identity is None:
         return
