@@ -79,6 +79,16 @@ def test_cached_and_uncached_runs_have_the_same_losses(words, plain, tmp_path):
     assert "entries are missing" in (plain / "train.log").read_text()
 
 
+def test_a_second_start_reads_no_weights_to_know_them(words, plain, monkeypatch):
+    """Though the first one tried an export, wrote the best one and that of its end, with links to them."""
+    read, original = [], digests._read
+    monkeypatch.setattr(digests, "_read", lambda file: (read.append(file), original(file))[1])
+    digests._remembered.clear()
+    encoder = objects.encoder(config.load_resolved(plain / "resolved.yaml"))
+    assert [encoder.identity(output) for output in encoder.outputs]
+    assert not [file for file in read if file.endswith(".safetensors")]
+
+
 def test_accumulation_equals_a_larger_batch(words, plain, tmp_path):
     close(runs.train(tmp_path, *words, "batch_size=1", "gradient_accumulation=2", shrunk=False), plain)
 
