@@ -179,6 +179,36 @@ def test_ranks_share_the_work(tmp_path, data, monkeypatch):
     assert sum(encoded) == alone == PICTURES + TEXTS and min(encoded) > 0
 
 
+@pytest.mark.parametrize("kind", [RuntimeError, UserError])
+def test_what_ends_one_rank_ends_all_with_its_error(tmp_path, data, kind):
+    def fails():
+        raise kind("out of memory, say")
+
+    def child(rank, queue):
+        store = f"file://{tmp_path}/store"
+        torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+        encoder = Disturbed(lambda: None, *([fails] if rank else []))
+        try:
+            cache_filling.fill(cache_of(encoder, tmp_path / "cache"), splits(data), encoder, "toy", batch_size=2)
+        except Exception as error:
+            torch.distributed.barrier()  # the other one is there, it waits for nothing else
+            queue.put((rank, type(error).__name__, str(error)))
+        os._exit(0)
+
+    fork = multiprocessing.get_context("fork")
+    queue = fork.SimpleQueue()
+    ranks = [fork.Process(target=child, args=(rank, queue)) for rank in range(2)]
+    for one in ranks:
+        one.start()
+    for one in ranks:
+        one.join(60)
+    assert [one.exitcode for one in ranks] == [0, 0]
+    (_, *others), (_, *failing) = sorted(queue.get() for _ in ranks)
+    assert failing[0] == kind.__name__ and failing[1].startswith("out of memory, say")
+    told = "the encoding cache cannot be filled: rank 1: RuntimeError: " if kind is RuntimeError else ""
+    assert others == [kind.__name__, f"{told}{failing[1]}"]
+
+
 def test_files_that_cannot_be_read_are_left_out_with_a_warning(tmp_path, data, caplog):
     (data / "1_2.raw").write_bytes(b"short")
     encoder = Latents()

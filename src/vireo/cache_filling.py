@@ -6,11 +6,11 @@ stays, so a filling that was interrupted goes on where it stopped.
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -116,8 +116,9 @@ def fill(
     The encoder's weights are loaded when there is something to encode, and freed afterwards. Files that change
     meanwhile are told and looked at once more, so that an entry never holds another content than its key says.
     Raises UserError, on all ranks, for an encoding that is not finite (it names the file), for weights that are being
-    replaced and for a folder that cannot be written. Files that cannot be read are left out, with a warning: the stream
-    replaces them.
+    replaced and for a folder that cannot be written. Whatever else ends one rank (its memory, a worker that died) ends
+    all, as a RuntimeError that names it on the others. Files that cannot be read are left out, with a warning: the
+    stream replaces them.
     """
     once = partial(_fill, cache, datasets, encoder, name, batch_size, workers, timeout, thorough, stop)
     filled = once()
@@ -144,11 +145,10 @@ def _fill(
     stop: faults.StopRequest | None,
 ) -> Filled:
     hashless: list[str] = []
-    entries = wanted(cache, datasets, hashless)
-    _write_manifest(cache, name, entries)
+    entries = _on_all_ranks(partial(_listed_first, cache, datasets, name, hashless))
     rank, world = distributed.rank(), distributed.world_size()
     mine = [one for key, one in entries.items() if int(key[:8], 16) % world == rank]
-    missing = [one for one in mine if not cache.holds(one.output, one.source, thorough)]
+    missing = _on_all_ranks(lambda: [one for one in mine if not cache.holds(one.output, one.source, thorough)])
     total = sum(distributed.gather(len(missing)))
     if not total:
         return Filled(len(entries), 0, hashless)
@@ -169,7 +169,7 @@ def _fill(
                 log.info("encoded about %d of %d, %.0f s left", done, total, (told - began) * (total / done - 1))
         share.settle()
     encoder.free()
-    _raise_on_all_ranks(share.problem)
+    _end_all_ranks(share.problem)
     reports = distributed.gather((share.encoded, share.unreadable))
     encoded = sum(number for number, _ in reports)
     unreadable = [one for _, some in reports for one in some]
@@ -192,21 +192,40 @@ def listed(cache: Cache, entries: Mapping[str, Wanted]) -> dict[str, cache_manif
     }
 
 
-def _write_manifest(cache: Cache, name: str, entries: Mapping[str, Wanted]) -> None:
-    """Before the entries, so that nobody prunes them in the meantime."""
-    problem = None
+def _listed_first(cache: Cache, datasets: Mapping[str, Dataset], name: str, unreadable: list[str]) -> dict[str, Wanted]:
+    """What is wanted; the manifest that says so is written before the entries, so that nobody prunes them meanwhile."""
+    entries = wanted(cache, datasets, unreadable)
     if distributed.is_main():
-        try:
-            cache_manifests.write(cache.folder, name, listed(cache, entries))
-        except UserError as error:
-            problem = str(error)
-    _raise_on_all_ranks(problem)
+        cache_manifests.write(cache.folder, name, listed(cache, entries))
+    return entries
 
 
-def _raise_on_all_ranks(problem: str | None) -> None:
-    problems = [problem for problem in distributed.gather(problem) if problem]
-    if problems:
-        raise UserError("\n".join(problems))
+T = TypeVar("T")
+
+
+def _on_all_ranks(task: Callable[[], T]) -> T:
+    """What each rank's task gives; if one fails, all end."""
+    results: list[T] = []
+    problem = None
+    try:
+        results.append(task())
+    except Exception as error:
+        problem = error
+    _end_all_ranks(problem)
+    return results[0]
+
+
+def _end_all_ranks(problem: Exception | None) -> None:
+    """Called by all ranks: if any has a problem, each raises its own, or one that tells those of the others."""
+    own = (isinstance(problem, UserError), str(problem), type(problem).__name__) if problem is not None else None
+    told = {rank: one for rank, one in enumerate(distributed.gather(own)) if one is not None}
+    if problem is not None:
+        raise problem
+    if told and all(is_mistake for is_mistake, *_ in told.values()):
+        raise UserError("\n".join(text for _, text, _ in told.values()))
+    if told:
+        said = "; ".join(f"rank {rank}: {kind}: {text}" for rank, (_, text, kind) in told.items())
+        raise RuntimeError(f"the encoding cache cannot be filled: {said}")
 
 
 class _Unreadable(NamedTuple):
@@ -239,7 +258,7 @@ class _Share:
         self.writing: Future[int] | None = None
         self.encoded, self.unreadable = 0, list[_Unreadable]()
         self.compared: set[str] = set()
-        self.problem: str | None = None
+        self.problem: Exception | None = None
 
     def take_turn(self) -> None:
         """Encode one more batch, if there is one, and hand it to the writer."""
@@ -254,8 +273,8 @@ class _Share:
                     for one, encoding in zip(ones, encodings, strict=True)
                 ]
             self._write(WAITING)
-        except UserError as error:
-            self.problem = str(error)
+        except Exception as error:  # all ranks hear of it at the next vote, and each ends with it
+            self.problem = error
 
     def _compare_weights(self, output: str) -> None:
         """Whether the weights, which have been loaded by now, are still those that the keys name."""
@@ -271,8 +290,8 @@ class _Share:
         try:
             while self.waiting or self.writing is not None:
                 self._write(0)
-        except UserError as error:
-            self.problem = self.problem or str(error)
+        except Exception as error:
+            self.problem = self.problem or error
 
     def _write(self, most: int) -> None:
         """Give the writer all that waits when it is free; wait for it if more than `most` entries wait."""
