@@ -68,6 +68,18 @@ def test_chunks_take_less_memory(tiny, tmp_path):
     assert peaks["parallel"] > 1.5 * peaks["chunked"] > peaks["sequential"]
 
 
+@pytest.mark.parametrize("which", ["teacher", "tiny"])
+def test_encoding_that_does_not_fit_says_so_too(which, tiny, teacher, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(*{"teacher": (teacher, "condition"), "tiny": (type(tiny), "encode")}[which], full)
+    found = rows(tiny, teacher, tmp_path)
+    measured = [name for name, row in zip(named(found), found, strict=True) if row["frames_per_s"] is not None]
+    assert {name[0] for name in measured} == {"teacher", "tiny"} - {which}
+    assert all("does not fit" in row["note"] for row in found if row["network"] == which)
+
+
 def test_what_does_not_fit_says_so_and_the_rest_goes_on(tiny, teacher, tmp_path, monkeypatch):
     def full(latents):
         raise torch.OutOfMemoryError("full")
