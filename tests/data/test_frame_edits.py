@@ -263,6 +263,21 @@ def test_faults_of_a_dataset(root, tmp_path):
     assert f"{edits.NAMES[1]} is in train and in val" in faults
 
 
+def test_a_clip_that_a_dataset_lists_twice_has_two_names_and_is_told(root, tmp_path):
+    import datasets
+
+    convert(root, tmp_path / "arrow")
+    splits = datasets.load_from_disk(str(tmp_path / "arrow"))
+    twice = datasets.concatenate_datasets([splits["train"], splits["train"].select([1])])
+    datasets.DatasetDict({**splits, "train": twice}).save_to_disk(str(tmp_path / "twice"))
+    edited = FrameEdits(tmp_path / "twice", 2, 8, 8, frames_root=root, crop="random", crop_variants=50)
+    first, second = (edited.sample(index, draws()) for index in (1, 3))
+    assert (first["name"], second["name"]) == (edits.NAMES[1], f"{edits.NAMES[1]} (2)")
+    assert second["target"].name == f"{edits.NAMES[1]} (2)/20"
+    assert first["target"].identity != second["target"].identity, "each has crops of its own"
+    assert edited.faults() == [f"{root / edits.NAMES[1]} is listed 2 times in train"]
+
+
 def test_all_wrong_arguments_are_told_at_once(root):
     wrong = {
         "num_frames": 0,

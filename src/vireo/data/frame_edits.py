@@ -140,12 +140,16 @@ class FrameEdits:
         return about
 
     def faults(self) -> list[str]:
-        """What is wrong with the data of all splits, for people: missing splits, clips that are left out or are in two
-        splits, and edited pictures that are no longer those of the files they were made from."""
+        """What is wrong with the data of all splits, for people: missing splits, clips that are left out, are listed
+        again or are in two splits, and edited pictures that are no longer those of the files they were made from."""
         wanted = ("train", "test") if self.is_arrow else ("train", *self.held_out)
         there = Counter(clip.split for clip in self.listing.clips)
         found = [f"no clip of the split {split} can be used" for split in wanted if not there[split]]
         found += self.listing.left_out
+        times = Counter((clip.split, clip.frames[0].path) for clip in self.listing.clips)
+        found += [
+            f"{path.parent} is listed {count} times in {split}" for (split, path), count in times.items() if count > 1
+        ]
         names = {clip.name: clip.split for clip in reversed(self.listing.clips)}
         for clip in self.listing.clips:
             if names[clip.name] != clip.split:
