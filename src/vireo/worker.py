@@ -259,6 +259,8 @@ class Run:
         """Whether this validation is the best so far, by `validation.metric`."""
         settings = self.settings["validation"]
         name = f"validation/{settings['metric']}"
+        if "validation/loss" not in self.figures:  # no held-out clip could be read this time
+            return False
         if name not in self.figures:
             raise UserError(
                 f"validation.metric={settings['metric']} is not measured; there are "

@@ -19,8 +19,8 @@ def test_the_videos_are_those_that_validation_scores():
     network, stream = ToyNetwork().eval(), Stream(ToyDataset(side=16), SEED, shuffle=False)
     made = list(columns(network, NoEncoder(), Denoised(), stream, [4, 1], CPU))
     scores = list(score_clips(network, NoEncoder(), Denoise(), Denoised(), stream, [4, 1], 2, CPU))
-    assert [set(videos) for videos in made] == [{"target", "prediction", "grey"}] * 2
-    for videos, (score, _) in zip(made, scores, strict=True):
+    assert [set(videos) for _, videos in made] == [{"target", "prediction", "grey"}] * 2
+    for (_, videos), (score, _) in zip(made, scores, strict=True):
         assert videos["target"].shape == (2, 3, 16, 16)
         figures = measure_video(videos["prediction"], videos["target"])
         assert figures == pytest.approx({name: score.measures[name] for name in figures}, rel=1e-5)
@@ -48,7 +48,7 @@ def test_videos_are_made_once(tmp_path):
     for _ in range(2):
         made = list(columns(network, Encoder(), remembered, stream, [2, 3, 0], CPU))
         expected = list(columns(network, NoEncoder(), Denoised(), stream, [2, 3, 0], CPU))
-        for videos, fresh in zip(made, expected, strict=True):
+        for (_, videos), (_, fresh) in zip(made, expected, strict=True):
             assert list(videos) == list(fresh) == ["target", "prediction", "grey"]
             for name in videos:
                 torch.testing.assert_close(as_8_bit(videos[name]), as_8_bit(fresh[name]), rtol=0, atol=1e-7)

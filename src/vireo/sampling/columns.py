@@ -61,10 +61,11 @@ class Remembered(Sampler):
 @torch.no_grad()
 def columns(
     network: nn.Module, encoder: Encoder, sampler: Sampler, stream: Any, indices: Sequence[int], device: torch.device
-) -> Iterator[dict[str, Tensor]]:
-    """The sampler's columns and, where there is a truth, its baselines of one clip each: (T, C, H, W) in [0, 1].
+) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
+    """Of one clip each its batch and the sampler's columns with, where there is a truth, its baselines: (T, C, H, W) in
+    [0, 1].
 
-    Those that are for the eyes only are left out. sampler, stream, indices: as an evaluation is given them
+    Columns that are for the eyes only are left out. sampler, stream, indices: as an evaluation is given them
     (`vireo.validation.Evaluation`). Everything is drawn as in validation, so these are the videos that it scores; what
     is remembered is not made again.
     """
@@ -76,7 +77,7 @@ def columns(
         made = sampler(network, encoder, batch, draws)
         if "target" in made:
             made = {**made, **sampler.baselines(batch)}
-        yield {name: video[0] for name, video in made.items() if name not in sampler.unscored}
+        yield batch, {name: video[0] for name, video in made.items() if name not in sampler.unscored}
 
 
 def scored(videos: Mapping[str, Tensor]) -> dict[str, Tensor]:

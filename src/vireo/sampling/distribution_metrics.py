@@ -13,7 +13,6 @@ from vireo.errors import UserError
 from vireo.models.inception import FILE, Inception
 from vireo.pixels import as_8_bit, to_uint8
 from vireo.sampling.columns import columns, scored
-from vireo.sampling.edit_evaluations import texts
 
 ENOUGH = 2000  # pictures below which FID says more about their number than about them
 
@@ -47,7 +46,7 @@ class InceptionMeasures:
         self.network.to(device)
         features: dict[str, list[Tensor]] = {}
         logits: dict[str, list[Tensor]] = {}
-        for videos in columns(network, encoder, sampler, stream, indices, device):
+        for _, videos in columns(network, encoder, sampler, stream, indices, device):
             comparable = scored(videos)
             if comparable:
                 comparable["target"] = videos["target"]
@@ -95,9 +94,8 @@ class ClipSimilarity:
             return [{"column": "all", **none, "note": why}]
         self.clip.to(device)
         found: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
-        shown = columns(network, encoder, sampler, stream, indices, device)
-        for videos, text in zip(shown, texts(stream, indices), strict=True):
-            comparable = scored(videos)
+        for batch, videos in columns(network, encoder, sampler, stream, indices, device):
+            comparable, [text] = scored(videos), batch["prompt"]
             references = {"to_target": self.clip.pictures(videos["target"]), "to_text": self.clip.text(text)}
             if "copy-last" in comparable:
                 references["to_input"] = self.clip.pictures(comparable["copy-last"])

@@ -46,7 +46,9 @@ class Counterfactuals:
         """See `vireo.validation.Evaluation`. Raises UserError for a sampler that is no EditSampler."""
         editor = _editor(sampler)
         indices = list(indices)[: self.clips]
-        others = dict(zip(indices, other_texts(texts(stream, indices)), strict=True))
+        # The clips are read twice, since another clip's text may come after the clip.
+        texts = [text for _, batch, _ in _batches(stream, indices, self.batch_size, device) for text in batch["prompt"]]
+        others = dict(zip(indices, other_texts(texts), strict=True))
         found: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
         for some, batch, draws in _batches(stream, indices, self.batch_size, device):
             batch = encoder(batch, draws)
@@ -124,13 +126,6 @@ class RollOut:
             }
             for (number, line), measures in found.items()
         ]
-
-
-def texts(stream: Any, indices: Sequence[int]) -> list[str]:
-    """The instruction of each held-out clip; nothing is decoded for it."""
-    return [
-        stream.dataset.sample(stream.index(position), Draws(stream.seed, [position]))["prompt"] for position in indices
-    ]
 
 
 def other_texts(given: Sequence[str]) -> list[str | None]:

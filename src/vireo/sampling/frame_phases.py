@@ -38,7 +38,7 @@ class FramePhases:
         "first frame"; "t mod p = k" without it, None where clips are too short; "spread": best minus worst of these.
         """
         found: dict[str, list[torch.Tensor]] = {}
-        for videos in columns(network, encoder, sampler, stream, indices, device):
+        for _, videos in columns(network, encoder, sampler, stream, indices, device):
             for name, video in scored(videos).items():
                 by_frame = decibels(frame_mse(as_8_bit(video), as_8_bit(videos["target"])))
                 found.setdefault(name, []).append(by_frame.cpu())

@@ -86,7 +86,7 @@ class PerceptualDistance:
             return [{"column": "all", "lpips": None, "note": note}]
         self.lpips.to(device)
         found: dict[str, list[float]] = {}
-        for videos in columns(network, encoder, sampler, stream, indices, device):
+        for _, videos in columns(network, encoder, sampler, stream, indices, device):
             target = as_8_bit(videos["target"]) if "target" in videos else None
             for name, video in scored(videos).items():
                 found.setdefault(name, []).append(float(self.lpips(as_8_bit(video), target).mean()))
