@@ -66,6 +66,15 @@ def test_values_are_those_of_the_encoder(tmp_path, data):
         assert torch.equal(value, encoder.encode("frame_moments", source.load()[None])[0])
 
 
+def test_progress_counts_what_is_encoded_not_what_is_written(tmp_path, data, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(cache_filling, "PROGRESS_EVERY", -1.0)
+    fill(tmp_path / "cache", splits(data), Latents(), batch_size=4)
+    told = [record.getMessage() for record in caplog.records if "s left" in record.getMessage()]
+    shares = [int(line.split()[2]) for line in told]
+    assert shares == sorted(shares) and len(set(shares)) == len(shares) > 3 and shares[-1] == PICTURES + TEXTS
+
+
 def test_weights_are_freed_afterwards_and_work_again(tmp_path, data):
     encoder = Latents()
     fill(tmp_path / "cache", splits(data), encoder)

@@ -159,14 +159,15 @@ def _fill(
     flags = 0
     with share.writer:
         # The ranks keep step, so that all of them learn at once of a stop or a fault.
-        for _ in range(max(distributed.gather(share.turns))):
+        turns = max(distributed.gather(share.turns))
+        for turn in range(1, turns + 1):
             share.take_turn()
             flags = distributed.vote((faults.STOP if stop else 0) | (faults.BAD_DATA if share.problem else 0))
             if flags:
                 break
             if time.monotonic() - told > PROGRESS_EVERY and distributed.is_main():
-                told, done = time.monotonic(), max(share.encoded, 1) * world
-                log.info("encoded about %d of %d, %.0f s left", done, total, (told - began) * (total / done - 1))
+                told, done = time.monotonic(), turn / turns
+                log.info("encoded about %d of %d, %.0f s left", done * total, total, (told - began) * (1 / done - 1))
         share.settle()
     encoder.free()
     _end_all_ranks(share.problem)

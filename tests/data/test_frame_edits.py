@@ -326,7 +326,7 @@ def test_a_root_without_clips_is_refused_and_one_below_is_found(root, tmp_path):
 
 def test_prepare_tells_where_the_dataset_is(root, tmp_path):
     raw = shutil.copytree(root, tmp_path / "raw")
-    assert f"data.root={tmp_path / 'raw_arrow'}" in FrameEdits.prepare(raw)
+    assert f"paths.data={tmp_path / 'raw_arrow'}" in FrameEdits.prepare(raw)
     assert len(FrameEdits(tmp_path / "raw_arrow", 20, 8, 8)) == 3
     with pytest.raises(UserError, match="already"):
         FrameEdits.prepare(tmp_path / "raw_arrow")

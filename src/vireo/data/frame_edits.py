@@ -176,7 +176,7 @@ class FrameEdits:
             raise UserError(f"{raw} is a Hugging Face dataset already: give the raw layout, paths.data=…")
         folder = Path(out).expanduser() if out is not None else raw.with_name(f"{raw.name}_arrow")
         report = edit_clips_conversion.convert(raw, folder, strict=strict, resplit=resplit, seed=seed)
-        return f"{report}\ndataset  {folder}\nto train on it: data.root={folder}"
+        return f"{report}\ndataset  {folder}\nto train on it: paths.data={folder}"
 
     @property
     def _is_random(self) -> bool:
