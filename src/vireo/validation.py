@@ -4,7 +4,7 @@ import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,26 +22,6 @@ from vireo.sampling.sampler import Sampler
 log = logging.getLogger(__name__)
 
 SEED = "validation"  # validation draws the same numbers at every step of every run
-
-
-class Evaluation(Protocol):
-    """A measurement that only `vireo evaluate` makes, since it costs much; `model.evaluations` names a recipe's."""
-
-    def __call__(
-        self,
-        network: nn.Module,
-        encoder: Encoder,
-        sampler: Sampler,
-        stream: Stream,
-        indices: Sequence[int],
-        device: torch.device,
-        folder: Path,
-    ) -> Sequence[Mapping[str, Any]]:
-        """Rows of a table, JSON values with the same keys in each. What is skipped says why in a row.
-
-        stream, indices: held-out clips. folder: for pictures and videos.
-        """
-        ...
 
 
 class ClipScore(NamedTuple):

@@ -11,6 +11,7 @@ from vireo.errors import UserError
 from vireo.models.encoders import NoEncoder
 from vireo.sampling import autoencoder_speed
 from vireo.sampling.autoencoder_speed import AutoencoderSpeed
+from vireo.sampling.evaluation import Evaluated
 
 CPU = torch.device("cpu")
 TINY = [("tiny", mode, part) for mode in ("parallel", "chunked", "sequential") for part in ("encode", "decode")]
@@ -19,7 +20,7 @@ TINY = [("tiny", mode, part) for mode in ("parallel", "chunked", "sequential") f
 def rows(network, encoder, tmp_path, **options):
     stream = Stream(ToyDataset(), "validation", shuffle=False)
     options = {"num_frames": 8, "height": 16, "width": 24, "repeats": 1, **options}
-    return AutoencoderSpeed(**options)(network, encoder, None, stream, range(1), CPU, tmp_path)
+    return AutoencoderSpeed(**options)(Evaluated(network, encoder, None, stream, range(1), CPU, tmp_path))
 
 
 def named(found):

@@ -34,6 +34,7 @@ def main(words: Sequence[str]) -> int:
     clips = arguments.whole(given.own, "clips", None)
     from vireo import objects, report
     from vireo.sampling.columns import Remembered
+    from vireo.sampling.evaluation import Evaluated
     from vireo.validation import means, means_by_task, score_clips
     from vireo.verbs import trained
 
@@ -75,7 +76,7 @@ def main(words: Sequence[str]) -> int:
         if tasks:
             print(f"by task\n{report.table(tasks)}\n", flush=True)
         for name, evaluation in evaluations.items():
-            table = list(evaluation(network, encoder, sampler, stream, readable, device, folder))
+            table = list(evaluation(Evaluated(network, encoder, sampler, stream, readable, device, folder)))
             print(f"{name.replace('_', ' ')}\n{report.table(table)}\n", flush=True)
             found["evaluations"][name] = table
             found["missing"].remove(name)
