@@ -95,8 +95,8 @@ class Verdicts:
             raise TooManyFaults(
                 f"{self.consecutive} steps in a row had a gradient that is not finite, from step "
                 f"{step - self.consecutive + 1} to {step}; in the last one, {incident.diagnosis()}. The last "
-                "checkpoint is from before. A lower lr, precision=fp32, model.encoder.dtype=fp32 where that overflows, or "
-                "other data are the usual cures; "
+                "checkpoint is from before. A lower lr, precision=fp32, model.encoder.dtype=fp32 where that overflows, "
+                "or other data are the usual cures; "
                 f"`vireo replay run=…` makes step {step} again, sample by sample "
                 "(faults.max_consecutive_skips sets the limit)"
             )
