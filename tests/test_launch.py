@@ -120,6 +120,52 @@ def test_resume_none_starts_beside_and_an_explicit_checkpoint_must_be_there(vire
     assert code == 2 and "nowhere" in said
 
 
+@pytest.fixture
+def queue(vireo, tmp_path, monkeypatch):
+    """queue(job, restarts, *words, kill=…): a command as a job of Slurm, killed in a step or undisturbed."""
+
+    def call(job, restarts, *words, kill=None):
+        monkeypatch.setenv("SLURM_JOB_ID", str(job))
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
+        sabotage = runs.die_at(kill) if kill else None
+        monkeypatch.setattr(launch, "start", lambda resolved, *_: abs(runs.work(resolved.parent, sabotage)))
+        return vireo("train", *runs.TINY, *words)
+
+    return call
+
+
+def test_a_job_that_is_queued_again_goes_on_in_the_folder_that_it_began_afresh(queue, tmp_path):
+    assert queue(1, 0)[0] == 0
+    first = only_run(tmp_path)
+    assert queue(2, 0, "resume=none", kill=7)[0] == signal.SIGKILL
+    assert queue(3, 0, "resume=none", "steps=8", kill=2)[0] == signal.SIGKILL  # of another job, beside
+    code, said = queue(2, 1, "resume=none")
+    second = first.with_name(f"{first.name}-2")
+    assert code == 0 and "step 6 of 8" in (second / "train.log").read_text(), said
+    assert runs.metrics(second) == runs.metrics(first)
+    assert sorted(path.name for path in first.parent.iterdir()) == [first.name, f"{first.name}-2", f"{first.name}-3"]
+    code, said = queue(2, 2, "resume=none")
+    assert code == 0 and f"{second.name} is finished" in said
+
+
+def test_a_job_that_is_queued_again_goes_on_from_its_own_newest_checkpoint(queue, tmp_path):
+    assert queue(1, 0, "run=first")[0] == 0
+    first, second = tmp_path / "taehv" / "first", tmp_path / "taehv" / "second"
+    words = ["run=second", f"resume={first}/checkpoints/step_00000004"]
+    code, said = queue(2, 0, *words, kill=7)
+    assert code == signal.SIGKILL and f"{second}/checkpoints/step_00000004: step 4 of 8" in said, said
+    code, said = queue(2, 1, *words)
+    assert code == 0 and "step 6 of 8" in said, said
+    assert runs.metrics(second) == [row for row in runs.metrics(first) if row["step"] > 4]
+    # A checkpoint of the run itself, which it deletes later on: the words still stand in the job's command.
+    words = ["run=second", f"resume={second}/checkpoints/step_00000004", "checkpoint.keep_last=1", "steps=9"]
+    words.append("checkpoint.keep_best=false")
+    assert queue(3, 0, *words, kill=8)[0] == signal.SIGKILL
+    assert checkpoint.steps(second) == [6]
+    code, said = queue(3, 1, *words)
+    assert code == 0 and "step 6 of 9" in said, said
+
+
 def test_init_from_takes_weights_only(vireo, tmp_path):
     assert vireo("train", *runs.TINY, "run=first")[0] == 0
     first = tmp_path / "taehv" / "first"

@@ -4,10 +4,12 @@ It never imports torch. The config is composed and resolved once, here; workers 
 Where somebody else has started the processes (torchrun, srun, …), rank 0 is the parent and a worker at once.
 """
 
+import json
 import math
 import os
 import sys
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -140,20 +142,24 @@ def job(composed: DictConfig, words: Sequence[str] = ()) -> Job:
 
 
 def run(settings: dict[str, Any], overrides: Sequence[str]) -> Job:
-    """Train one resolved config in its own folder, from its newest checkpoint.
+    """Train one resolved config in its own folder, from its newest checkpoint or the one that `resume` names.
 
-    A finished run says so and does nothing. Raises UserError for a folder that cannot be used.
+    Whoever starts it again (vireo, Slurm, torchrun) goes on from the newest one, whatever `resume` said at first. A
+    finished run says so and does nothing. Raises UserError for a folder or a checkpoint that cannot be used.
     """
     others = ranks.started()
     if others is not None:
         ranks.check_size(others, settings["launcher"]["processes"])
         if settings["preempt_at"]:
             raise UserError(f"preempt_at starts processes anew, and {others.starter} owns them: use python train.py …")
-    folder = _make_folder(settings)
-    if settings["resume"] == "none":
-        settings = {**settings, "resume": "auto"}  # the folder is a new one, and restarts go on in it
+    folder, again = _choose_folder(settings)
+    named = None if again or settings["resume"] in ("auto", "none") else Path(settings["resume"])
+    if named and not named.is_dir():
+        raise UserError(f"resume is '{named}'; expected auto, none, or the folder of a checkpoint (there is none)")
+    _make(folder)
+    settings = {**settings, "resume": "auto"}  # what restarts and workers see
     _refuse_other_config(folder, settings)
-    done = run_folder.finished(folder) if settings["resume"] == "auto" else None
+    done = None if named else run_folder.finished(folder)
     if done and not _longer(settings, done):
         print(
             f"{folder} is finished (step {done['step']}). To go on, give more steps with run={folder.name}; "
@@ -161,9 +167,11 @@ def run(settings: dict[str, Any], overrides: Sequence[str]) -> Job:
         )
         return Job(list(overrides), folder, faults.EXIT_FINISHED, (done["best"] or {}).get("value"))
     with run_folder.lock(folder) as held:
+        if named:
+            checkpoint.adopt(folder, named)
         config.save_resolved(settings, folder / "resolved.yaml")
         run_folder.write_json(folder / "overrides.json", list(overrides))
-        run_folder.write_json(folder / "environment.json", run_folder.environment())
+        run_folder.write_json(folder / "environment.json", run_folder.environment() | {"job": ranks.job()})
         (folder / "finished").unlink(missing_ok=True)
         print(config.banner(settings, folder), flush=True)
         if settings["size"] == "mini":
@@ -178,11 +186,23 @@ def run(settings: dict[str, Any], overrides: Sequence[str]) -> Job:
     return Job(list(overrides), folder, code, (done["best"] or {}).get("value") if done else None)
 
 
-def _make_folder(settings: dict[str, Any]) -> Path:
+def _choose_folder(settings: dict[str, Any]) -> tuple[Path, bool]:
+    """The run's folder, and whether this is a job of Slurm or torchrun that goes on with what it has begun there."""
     folder = config.run_folder(settings)
-    if settings["resume"] == "none":
-        beside = (folder.with_name(f"{folder.name}-{number}") for number in range(2, 10_000))
-        folder = folder if not folder.exists() else next(path for path in beside if not path.exists())
+    if settings["resume"] != "none":
+        return folder, _begun_by_this_job(folder)
+    numbered = [folder, *(folder.with_name(f"{folder.name}-{number}") for number in range(2, 10_000))]
+    there = list(takewhile(Path.exists, numbered))
+    own = [path for path in there if _begun_by_this_job(path)]
+    return (own[-1], True) if own else (numbered[len(there)], False)
+
+
+def _begun_by_this_job(folder: Path) -> bool:
+    about = folder / "environment.json"
+    return ranks.restarted() and about.exists() and json.loads(about.read_text()).get("job") == ranks.job()
+
+
+def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
@@ -192,7 +212,6 @@ def _make_folder(settings: dict[str, Any]) -> Path:
         raise UserError(
             f"{folder} cannot be written ({error.strerror}); choose another place with paths.outputs=…"
         ) from None
-    return folder
 
 
 def _longer(settings: dict[str, Any], done: dict[str, Any]) -> bool:

@@ -112,11 +112,11 @@ class Run:
         return self.strategy.on_device(alone)
 
     def _find_checkpoint(self) -> checkpoint.Checkpoint | None:
-        """The checkpoint that `resume` names, the same one on every rank; None is a fresh start."""
+        """The newest good checkpoint, the same one on every rank; None is a fresh start."""
         found = None
         if distributed.is_main():
             checkpoint.clean(self.folder)
-            found = checkpoint.find(self.folder, self.settings["resume"])
+            found = checkpoint.latest(self.folder)
         return distributed.gather(found)[0]
 
     def resume(self) -> Progress:
