@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from vireo import worker
+from vireo import faults, worker
 from vireo.console import set_up_logging
 
 
@@ -23,7 +23,10 @@ def work(
     fork = multiprocessing.get_context("fork")
     port, queue = _free_port(), fork.SimpleQueue()
 
+    parent = os.getpid()
+
     def child(rank: int) -> None:
+        faults.die_with_parent(parent)
         group = {"WORLD_SIZE": processes, "RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1"}
         group |= {"MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in group.items()})

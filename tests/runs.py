@@ -12,7 +12,7 @@ import matplotlib.pyplot  # noqa: F401
 import torch._dynamo  # noqa: F401 - which torch's optimizers import
 import torchmetrics.functional.image  # noqa: F401
 
-from vireo import config, worker
+from vireo import config, faults, worker
 from vireo.console import set_up_logging
 
 # The TAEHV recipe on the mini world with a network of a few thousand parameters.
@@ -52,7 +52,10 @@ def work(folder: Path, sabotage: Callable[[], None] | None = None, timeout: floa
     sabotage: called in that process before the run, to break something in it.
     """
 
+    parent = os.getpid()
+
     def child() -> None:
+        faults.die_with_parent(parent)
         set_up_logging(folder / "train.log")
         if sabotage is not None:
             sabotage()

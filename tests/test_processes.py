@@ -6,9 +6,11 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
+from tests import runs
 from vireo import processes
 
 
@@ -56,6 +58,42 @@ def test_all_well(run, capfd):
     assert run("sys.exit(75)", "") == 75
     assert run("sys.exit('RANK' in os.environ)") == 0
     assert capfd.readouterr().err == ""
+
+
+START = """
+import os, sys, time
+from pathlib import Path
+from vireo import processes
+worker = processes._start(Path(sys.argv[1]), 0, {}, None)
+print(worker.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_worker_whose_parent_is_killed_at_once_ends_too(tmp_path):
+    """It dies while it imports, or else would train on for hours."""
+    resolved = runs.make(tmp_path, ["steps=100000"]) / "resolved.yaml"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    parent = subprocess.Popen([sys.executable, "-c", START, resolved], env=environment, stdout=subprocess.PIPE)
+    number = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    began = time.monotonic()
+    while Path(f"/proc/{number}").exists() and "Z" not in Path(f"/proc/{number}/stat").read_text().split()[2]:
+        if time.monotonic() - began > 30:
+            os.kill(number, signal.SIGKILL)
+            pytest.fail("the worker lives")
+        time.sleep(0.1)
+    assert not (resolved.parent / "train.log").exists()  # it had not begun
+
+
+def test_a_worker_whose_parent_was_gone_before_it_could_look_ends(tmp_path):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    command = [sys.executable, "-m", "vireo.start_worker", str(gone.pid), tmp_path / "resolved.yaml"]
+    assert subprocess.run(command, env=environment, timeout=60).returncode == -signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []
 
 
 def later(seconds, number):

@@ -53,6 +53,7 @@ def main(words: Sequence[str]) -> int:
     world = ranks.started()
     if world is None:
         return compose_and_run(words)
+    faults.die_with_parent(os.getppid())
     if world.rank > 0:
         return ranks.follow()
     code = faults.EXIT_MISTAKE

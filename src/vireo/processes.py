@@ -111,7 +111,7 @@ def _start(resolved: Path, rank: int, variables: Mapping[str, str], held: int | 
         "HYDRA_FULL_ERROR": "1",
         "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
     }
-    command = [sys.executable, "-u", "-m", "vireo.worker", str(resolved)]
+    command = [sys.executable, "-u", "-m", "vireo.start_worker", str(os.getpid()), str(resolved)]
     descriptors = () if held is None else (held,)
     if rank == 0:
         return subprocess.Popen(command, env={**inherited, **variables}, pass_fds=descriptors)

@@ -1,4 +1,4 @@
-"""One process of a run: `python -m vireo.worker <run>/resolved.yaml`, with RANK and its like where there are several.
+"""One process of a run, with RANK and its like in the environment where there are several.
 
 It builds the Model, Dataset and Loss objects of the resolved config, takes up the newest good checkpoint and calls
 the loop (training.py). What happens at a step's boundary (validate, save, export) is decided here.
@@ -9,7 +9,6 @@ import math
 import os
 import shutil
 import socket
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -44,7 +43,7 @@ from vireo.randomness import Draws
 from vireo.training import Progress, train
 from vireo.validation import SEED, validate
 
-log = logging.getLogger("vireo.worker")  # its __name__ is __main__
+log = logging.getLogger(__name__)
 
 
 class Run:
@@ -416,7 +415,6 @@ def main(path: Path, text: str | None = None) -> int:
 
 
 def _main(path: Path, text: str | None) -> int:
-    faults.die_with_parent()
     tracking.silence_telemetry()
     folder = path.parent
     try:
@@ -435,10 +433,3 @@ def _main(path: Path, text: str | None) -> int:
     except Exception:
         log.error("%s", traceback.format_exc())
         return faults.EXIT_FAULT
-
-
-if __name__ == "__main__":
-    from vireo.console import set_up_logging
-
-    set_up_logging(Path(sys.argv[1]).parent / "train.log")
-    sys.exit(main(Path(sys.argv[1])))
