@@ -5,13 +5,15 @@ import pickle
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests import edit_runs, runs
-from vireo import cache, distributed
+from vireo import cache, config, distributed
 from vireo.errors import UserError
 from vireo.strategies.replicated import Replicated
 from vireo.strategies.strategy import check_precision
@@ -180,3 +182,27 @@ def test_a_strategy_checks_what_it_trains():
             strategy.prepare(torch.nn.Linear(2, 2).half(), None)
     finally:
         distributed.close()
+
+
+def test_a_process_that_cannot_leave_its_group_after_a_fault_ends_all_the_same(tmp_path):
+    """As NCCL does it where other ranks never come to the collective that it is in."""
+
+    def arm():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.destroy_process_group = lambda: time.sleep(60)
+        distributed.PATIENCE = 0.5
+        config.load_resolved = lambda path: 1 / 0
+
+    folder = runs.make(tmp_path, [])
+    assert runs.work(folder, arm, timeout=30) == 1
+    assert "ZeroDivisionError" in (folder / "train.log").read_text()
+
+
+def test_nccl_is_aborted_after_a_fault_and_only_then(monkeypatch):
+    called = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_backend_config", lambda: "cpu:gloo,cuda:nccl")
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: called.append("destroyed"))
+    monkeypatch.setattr(distributed.distributed_c10d, "_abort_process_group", lambda: called.append("aborted"))
+    assert distributed.close() and distributed.close(after_fault=True)
+    assert called == ["destroyed", "aborted"]

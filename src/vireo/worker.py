@@ -407,9 +407,11 @@ def main(path: Path, text: str | None = None) -> int:
     text: what `path` holds, for a process that was told it.
     """
     code = _main(path, text)
-    if code not in (faults.EXIT_FINISHED, faults.EXIT_STOPPED):
+    failed = code not in (faults.EXIT_FINISHED, faults.EXIT_STOPPED)
+    if failed:
         processes.note_failure(path, int(os.environ.get("RANK", "0")))
-    distributed.close()
+    if not distributed.close(after_fault=failed):
+        os._exit(code)  # whoever waits for this process must learn of the failure
     # torchrun, in whose hands this is, would take a requested stop for a failure, and start again after it.
     return 0 if code == faults.EXIT_STOPPED and "TORCHELASTIC_RUN_ID" in os.environ else code
 
