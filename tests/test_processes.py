@@ -1,5 +1,6 @@
 """Which worker failed first, what becomes of the others, and where signals go. The workers are small programs."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -22,8 +23,8 @@ def run(tmp_path, monkeypatch):
 
     def call(*programs, **further):
         def start(resolved, rank, variables, held):
-            code = "import os, signal, sys, time, pathlib\nfrom vireo.processes import note_failure\n"
-            code += f"def note(): note_failure(pathlib.Path({str(resolved)!r}), {rank})\n{programs[rank]}"
+            code = "import os, signal, sys, time\nfrom vireo.processes import note_failure\n"
+            code += f"def note(): note_failure({rank})\n{programs[rank % len(programs)]}"
             with open(processes.log_file(tmp_path, rank), "a") as log:
                 environment = {**os.environ, **variables, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
                 return subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=log, stderr=log)
@@ -51,6 +52,22 @@ def test_a_rank_that_hangs_after_anothers_failure_is_killed_and_not_blamed(run):
     began = time.monotonic()
     assert run("time.sleep(60)", "note(); sys.exit(2)") == 2
     assert time.monotonic() - began < 20
+
+
+def test_a_failure_on_another_machine_is_told_on_the_first(run, capfd):
+    caught = "import traceback\ntry: 1 / 0\nexcept ZeroDivisionError: traceback.print_exc(); note(); sys.exit(3)"
+    killed = "time.sleep(.2); os.kill(os.getpid(), signal.SIGKILL)"
+    hangs, notices = "time.sleep(60)", "time.sleep(.5); note(); sys.exit(1)"
+    fork, began = multiprocessing.get_context("fork"), time.monotonic()
+    for port, first, second, code in ((1, hangs, caught, 3), (2, hangs, killed, 137), (3, notices, killed, 137)):
+        shares = [processes.Share(node, 2, "127.0.0.1", port) for node in range(2)]
+        other = fork.Process(target=run, args=(second,), kwargs={"share": shares[1]})
+        other.start()
+        assert run(first, share=shares[0]) == code
+        other.join()
+        said = capfd.readouterr().err
+        assert "rank 1 failed first" in said and ("ZeroDivisionError: division by zero" in said or code == 137)
+    assert time.monotonic() - began < 40
 
 
 def test_all_well(run, capfd):

@@ -409,7 +409,7 @@ def main(path: Path, text: str | None = None) -> int:
     code = _main(path, text)
     failed = code not in (faults.EXIT_FINISHED, faults.EXIT_STOPPED)
     if failed:
-        processes.note_failure(path, int(os.environ.get("RANK", "0")))
+        processes.note_failure(int(os.environ.get("RANK", "0")))
     if not distributed.close(after_fault=failed):
         os._exit(code)  # whoever waits for this process must learn of the failure
     # torchrun, in whose hands this is, would take a requested stop for a failure, and start again after it.
