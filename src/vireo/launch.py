@@ -43,6 +43,7 @@ class SweepFolder(Callback):
         SweepFolder.last = Path(config.hydra.sweep.dir)
         if config.launcher.where != "local":
             print(f"what the jobs print is in {SweepFolder.last / '.submitit'}", flush=True)
+            submitted.wait_for_every_job(SweepFolder.last, config.validation.higher_is_better)
 
 
 def main(words: Sequence[str]) -> int:
@@ -95,7 +96,7 @@ def compose_and_run(words: Sequence[str]) -> int:
     except Exception as error:
         if not type(error).__module__.startswith("submitit."):
             raise
-        print(f"{error}\na job left no result; others may go on", file=sys.stderr)  # cancelled, or its machine is gone
+        print(error, file=sys.stderr)  # sbatch has refused
         codes.append(faults.EXIT_FAULT)
     finally:
         jobs.close()

@@ -93,6 +93,22 @@ def test_a_sweep_of_two_jobs_of_two_processes(tmp_path, own):
     assert runs.metrics(Path(rows[0]["run"])) == own != runs.metrics(Path(rows[1]["run"]))
 
 
+def test_a_job_of_a_sweep_that_is_cancelled_stops_no_other(tmp_path):
+    command = [sys.executable, "train.py", "-m", *WORDS, "launcher=slurm", "launcher.slurm.parallel=1", "seed=0,1,2"]
+    parent = subprocess.Popen(
+        command, env=environment(tmp_path), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    began = time.monotonic()
+    while not (waiting := list(tmp_path.glob("sweeps/*/.submitit/*_1/*_submitted.pkl"))):
+        assert time.monotonic() - began < 60
+        time.sleep(0.1)
+    subprocess.run(["scancel", waiting[0].parent.name], check=True)
+    said, _ = parent.communicate(timeout=180)
+    assert parent.returncode == 1 and "job 1 (seed=1) failed (1): it was cancelled" in said, said
+    (table,) = tmp_path.glob("sweeps/*/sweep.csv")
+    assert [row["state"] for row in csv.DictReader(table.open())] == ["finished", "failed (1)", "finished"]
+
+
 def test_a_job_of_two_machines(tmp_path, own):
     call(tmp_path, sys.executable, "train.py", *WORDS, "launcher=slurm_multinode", "launcher.processes=1", "run=two")
     assert runs.metrics(tmp_path / "taehv" / "two") == own
