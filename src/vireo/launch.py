@@ -60,7 +60,7 @@ def main(words: Sequence[str]) -> int:
     code = faults.EXIT_MISTAKE
     try:
         ranks.refuse_sweeps(world, words)
-        os.environ.setdefault("VIDEO_TRAIN_PROCESSES", str(world.size))
+        os.environ["VIDEO_TRAIN_PROCESSES"] = str(world.size)  # whatever is the default of this machine
         code = compose_and_run(words)
     finally:
         ranks.dismiss(world, code)
