@@ -16,6 +16,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from vireo import distributed, optimizers
+from vireo.errors import UserError
 from vireo.strategies.strategy import (
     Strategy,
     asked_processes,
@@ -70,10 +71,14 @@ class FullySharded(Strategy):
         for module in [*units(network, self.unit), network]:
             # The root, too, is sharded again after its forward: otherwise its parts would not be what is called.
             fully_shard(module, mesh=self.mesh, reshard_after_forward=True, offload_policy=policy)
+            # What is gathered first is laid out anew by some versions of torch (padded), and parts must not move later.
+            module.unshard()
+            module.reshard()
         self.trained = {n: p for n, p in network.named_parameters() if p.requires_grad}
         self.local = {name: nn.Parameter(part) for name, part in self.parts().items()}
         for group in optimizer.param_groups:
             group["params"] = [self.local[name] for name in group["param_names"]]
+        self.checked = False
         return network
 
     @contextmanager
@@ -83,7 +88,19 @@ class FullySharded(Strategy):
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
+    def _check_parts(self) -> None:
+        """Raises UserError if the parts that are updated are no longer those that are gathered."""
+        moved = [name for name, part in self.parts().items() if part.data_ptr() != self.local[name].data_ptr()]
+        if moved:
+            raise UserError(
+                f"torch {torch.__version__} has moved FSDP's shards in the first step, {moved[0]} for one, so they "
+                "would not learn. Use another version of torch, or strategy=zero3"
+            )
+
     def step(self, max_norm: float | None) -> Tensor:
+        if not self.checked:
+            self._check_parts()
+            self.checked = True
         gradients = []
         for name, parameter in self.trained.items():
             if isinstance(parameter.grad, DTensor):
