@@ -259,6 +259,8 @@ def _start_once(resolved: Path, count: int, held: int) -> int:
 
 def number_of_processes(asked: int | str) -> int:
     """`auto` is one for each visible GPU, at least one. Raises UserError for more processes than GPUs."""
+    if str(asked) == "1":
+        return 1
     gpus = len(devices.visible_gpus())
     if asked == "auto":
         return max(1, gpus)
