@@ -134,7 +134,7 @@ def test_a_preempted_job_is_queued_again_and_equals_an_undisturbed_one(tmp_path,
 
 def test_a_job_that_meets_its_time_limit_is_queued_again_and_equals_an_undisturbed_one(tmp_path):
     """Slurm looks at time limits twice a minute, so the signal comes 20 to 50 s after the start, once or more often."""
-    words = [*LONG, "steps=2000", "run=limited", "logging.every=50"]
+    words = [*LONG, "steps=2000", "run=limited"]
     limits = ["launcher.slurm.minutes=1", "launcher.slurm.grace_seconds=10", "launcher.slurm.requeue=30"]
     command = [sys.executable, "train.py", *words, "launcher=slurm", "launcher.processes=1", *limits]
     parent = subprocess.Popen(
