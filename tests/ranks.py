@@ -14,7 +14,7 @@ from vireo.console import set_up_logging
 
 
 def work(
-    folders: Sequence[Path], sabotage: Callable[[], None] | None = None, processes: int = 2, timeout: float = 240
+    folders: Sequence[Path], sabotage: Callable[[], None] | None = None, processes: int = 2, timeout: float = 600
 ) -> list[list[int]]:
     """Run the worker on each folder in turn, on all ranks; returns the exit codes of each folder by rank.
 

@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import os
-import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import matplotlib.pyplot  # noqa: F401
 import torch._dynamo  # noqa: F401 - which torch's optimizers import
 import torchmetrics.functional.image  # noqa: F401
 
+from tests.sabotage import die_at  # noqa: F401
 from vireo import config, faults, worker
 from vireo.console import set_up_logging
 
@@ -83,21 +83,3 @@ def metrics(folder: Path) -> list[dict]:
     """Rows of metrics.jsonl without what the machine measured."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in row.items() if key not in TIMING} for row in rows]
-
-
-def die_at(step: int, micro: int = 0) -> Callable[[], None]:
-    """Sabotage: SIGKILL in the middle of a step."""
-
-    def arm() -> None:
-        from vireo import training
-
-        original = training.seed_default
-
-        def deadly(seed, purpose, position):
-            if position[:2] == (step, micro):
-                os.kill(os.getpid(), signal.SIGKILL)
-            original(seed, purpose, position)
-
-        training.seed_default = deadly
-
-    return arm

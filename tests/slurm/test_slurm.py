@@ -132,6 +132,22 @@ def test_a_preempted_job_is_queued_again_and_equals_an_undisturbed_one(tmp_path,
     assert runs.metrics(folder) == calm[1 if launcher == "slurm" else 2]
 
 
+def test_a_job_that_meets_its_time_limit_is_queued_again_and_equals_an_undisturbed_one(tmp_path):
+    """Slurm looks at time limits twice a minute, so the signal comes 20 to 50 s after the start, once or more often."""
+    words = [*LONG, "steps=2000", "run=limited"]
+    limits = ["launcher.slurm.minutes=1", "launcher.slurm.grace_seconds=10", "launcher.slurm.requeue=30"]
+    command = [sys.executable, "train.py", *words, "launcher=slurm", "launcher.processes=1", *limits]
+    parent = subprocess.Popen(
+        command, env=environment(tmp_path), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    calm = launch.train(*words, "run=calm", f"paths.outputs={tmp_path}").folder  # meanwhile
+    said, _ = parent.communicate(timeout=600)
+    assert parent.returncode == 0, said
+    folder = tmp_path / "taehv" / "limited"
+    assert "resumed from" in (folder / "train.log").read_text()
+    assert runs.metrics(folder) == runs.metrics(calm)
+
+
 def test_the_script_for_sbatch_is_queued_again_and_equals_an_undisturbed_run(tmp_path, calm):
     words = ["sbatch", "--parsable", "--ntasks=2", f"--output={tmp_path / 'out'}", "launch/slurm.sbatch"]
     job = call(tmp_path, *words, *LONG, "run=raw").strip()

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -74,8 +75,9 @@ class FullySharded(Strategy):
             # The root, too, is sharded again after its forward: otherwise its parts would not be what is called.
             fully_shard(module, mesh=self.mesh, reshard_after_forward=True, offload_policy=policy)
             # What is gathered first is laid out anew by some versions of torch (padded), and parts must not move later.
-            module.unshard()
-            module.reshard()
+            unit: Any = module  # an FSDPModule from now on
+            unit.unshard()
+            unit.reshard()
         self.trained = {n: p for n, p in network.named_parameters() if p.requires_grad}
         self.local = {name: nn.Parameter(part) for name, part in self.parts().items()}
         for group in optimizer.param_groups:
