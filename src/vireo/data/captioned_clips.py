@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -382,18 +381,18 @@ class CaptionedClips:
         return min((b for b in self.buckets if b.num_frames == chosen), key=distance)
 
     def _pools(self) -> list["Pool"]:
-        """The clips by bucket and folder; a single one where nothing is drawn."""
-        sizes = Counter(clip.folder for clip in self.clips)
+        """The clips by bucket and folder; a single pool where nothing is drawn, as in validation."""
+        if self.split == "validation" or (len(self.buckets) == 1 and not self.mix):
+            return [Pool(self.buckets[0], 1.0, list(range(len(self.clips))))]
         members: dict[tuple[Bucket, int], list[int]] = {}
         for index, clip in enumerate(self.clips):
-            # Validation shows every clip once, whatever the mix.
-            folder = clip.folder if self.split == "train" else 0
-            members.setdefault((clip.bucket, folder), []).append(index)
-        shares = list(self.mix.values()) if self.mix and self.split == "train" else None
+            members.setdefault((clip.bucket, clip.folder), []).append(index)
+        sizes = Counter(clip.folder for clip in self.clips)
+        shares = list(self.mix.values()) or [float(len(self.clips))]
         return [
-            Pool(bucket, len(some) if shares is None else shares[folder] * len(some) / sizes[folder], some)
-            for (bucket, folder), some in (sorted(members.items()) if shares or len(self.buckets) > 1 else members.items())
-        ] or [Pool(self.buckets[0], 1.0, [])]
+            Pool(bucket, shares[folder] * len(some) / sizes[folder], some)
+            for (bucket, folder), some in sorted(members.items())
+        ]
 
     # ------------------------------------------------------------------ for people
 
@@ -402,11 +401,12 @@ class CaptionedClips:
         if clip.info is None:
             return "no video"
         info, bucket = clip.info, clip.bucket
-        start = (self._starts(clip) or [0.0])[0]
-        unpadded = self._unpadded(clip, start)
-        shown = f"frames {unpadded[0]} to {unpadded[-1]} of {info.num_frames}"
+        unpadded = self._unpadded(clip, (self._starts(clip) or [0.0])[0])
+        first, last = unpadded[0], unpadded[-1]
+        shown = f"frames {first} to {last} of {info.num_frames}"
         if info.fps:
-            shown += f" ({unpadded[0] / info.fps:.2f} to {unpadded[-1] / info.fps:.2f} of {info.num_frames / info.fps:.2f} s)"
+            seconds = [f"{frame / info.fps:.2f}" for frame in (first, last, info.num_frames)]
+            shown += f" ({seconds[0]} to {seconds[1]} of {seconds[2]} s)"
         if self.start == "random" and self.frame_policy == "clip":
             shown += ", at a random start"
         if len(unpadded) < bucket.num_frames:

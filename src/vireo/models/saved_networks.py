@@ -81,6 +81,19 @@ def find(path: str | Path, name: str, key: str) -> Part:
     )
 
 
+def find_tokenizer(path: str | Path) -> Path:
+    """`path`/tokenizer, the folder `path` itself, or the one beside it in a pipeline. Raises UserError for none."""
+    outer = Path(path).expanduser()
+    places = [outer / "tokenizer", outer, outer.parent / "tokenizer"]
+    for place in places:
+        if (place / "tokenizer_config.json").is_file():
+            return place
+    raise UserError(
+        f"There is no tokenizer in {', '.join(map(str, places))}. Set model.encoder.tokenizer to a folder with "
+        "tokenizer_config.json and the vocabulary."
+    )
+
+
 def load(part: Part, kind: Any, dtype: torch.dtype) -> Any:
     """The network of class `kind` on the CPU, in evaluation mode. Raises UserError for weights that do not fit it."""
     import transformers
