@@ -1,6 +1,6 @@
 """Clips whose captions say all that is in them, in the layout of the CogVideoX fine-tuning recipe.
 
-"a red square moves to the left on sand": one object, its colour, its way, and one of four grounds. Some captions are
+"a small red square moves to the left on sand": one object, its way, and one of four grounds. Some captions are
 shown by no training clip, so what a model makes of them tells whether it understands the words.
 `python -m vireo.mini.captioned_clips <folder>` writes them into a folder: prompts.txt, videos.txt, images.txt with
 videos/ and images/, and validation/ with the same.
@@ -26,6 +26,7 @@ GROUNDS = {
     "water": (0.36, 0.46, 0.64),
     "stone": (0.50, 0.50, 0.50),
 }
+SIZES = {"small": (7.0, 8.5), "large": (11.0, 12.5)}  # radii
 SEED = 600_000  # of the first clip; the other layouts' scenes have other seeds
 
 _SPEED = 1.5  # units of length a frame
@@ -35,6 +36,7 @@ _CONTRAST = 0.08  # of the ground's texture
 class Meaning(NamedTuple):
     """What a caption says."""
 
+    size: str
     colour: str
     shape: str
     direction: str
@@ -42,12 +44,12 @@ class Meaning(NamedTuple):
 
     @property
     def caption(self) -> str:
-        return f"a {self.colour} {self.shape} moves {self.direction} on {self.ground}"
+        return f"a {self.size} {self.colour} {self.shape} moves {self.direction} on {self.ground}"
 
 
 def meanings() -> tuple[list[Meaning], list[Meaning]]:
     """All that captions can say, in the same random order each time: what training clips show, and what they do not."""
-    everything = itertools.product(scenes.COLOURS, scenes.SHAPES, scenes.DIRECTIONS, GROUNDS)
+    everything = itertools.product(SIZES, scenes.COLOURS, scenes.SHAPES, scenes.DIRECTIONS, GROUNDS)
     shuffled = [Meaning(*some) for some in everything]
     order = np.random.default_rng(SEED).permutation(len(shuffled))
     mixed = [shuffled[place] for place in order]
@@ -60,9 +62,9 @@ def words() -> list[str]:
 
 
 def scene(meaning: Meaning, seed: int) -> scenes.Scene:
-    """One of the scenes that a caption describes: the object's place, size and light and the texture are free."""
+    """One of the scenes that a caption describes: place, exact size and light of the object and texture are free."""
     rng = np.random.default_rng(seed)
-    radius, travel = rng.uniform(9, 12), _SPEED * (NUM_FRAMES - 1)
+    radius, travel = rng.uniform(*SIZES[meaning.size]), _SPEED * (NUM_FRAMES - 1)
     way = np.array(scenes.DIRECTIONS[meaning.direction])
     middle = rng.uniform(radius, 64 - radius, 2)
     middle = np.where(way != 0, rng.uniform(28, 36, 2), middle)  # it stays in the picture
@@ -87,9 +89,9 @@ def scene(meaning: Meaning, seed: int) -> scenes.Scene:
 
 
 def write(folder: Path, num_training: int = NUM_TRAINING) -> None:
-    """Write the layout at `folder`, which must not be there."""
+    """Write the layout at `folder`, which must not be there. Every caption comes once."""
     trained, held_out = meanings()
-    _write(folder, [trained[number % len(trained)] for number in range(num_training)], SEED)
+    _write(folder, trained[:num_training], SEED)
     _write(folder / "validation", held_out, SEED + num_training)
 
 

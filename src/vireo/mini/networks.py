@@ -166,7 +166,7 @@ def fitted(state: dict[str, Any], trained: dict[str, Any]) -> dict[str, Any]:
 
 
 def _patches(given: Any, own: Any) -> Any:
-    """The kernel of the first layer, (D, C, 2, 2), for more channels (D, C + X, 2, 2) or frames (D, (C + X) * p * 4)."""
+    """The kernel of the first layer, (D, C, 2, 2), for more channels (D, C + X, 2, 2) or frames (D, (C + X) 4 p)."""
     width, channels = given.shape[:2]
     frames = 1 if own.ndim == 4 else 2
     wide = given.new_zeros(width, own[0].numel() // 4 // frames, frames, 2, 2)

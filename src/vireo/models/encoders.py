@@ -14,8 +14,6 @@ from vireo.cache import literal
 from vireo.errors import UserError
 from vireo.randomness import Draws
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 class Encoder:
     """Base of all encoders.
@@ -104,7 +102,7 @@ def split(moments: Tensor, channels: int = -3) -> tuple[Tensor, Tensor]:
 def check_finite(values: Tensor, what: str, dtype: str) -> None:
     """Not finite values would poison the weights, and a cache for good. Raises UserError that names the rows (B, ...).
 
-    dtype: what the encoder computed in, of DTYPES.
+    dtype: what the encoder computed in, of `saved_networks.DTYPES`.
     """
     if not bool(torch.isfinite(values).all()):
         rows = torch.nonzero(~torch.isfinite(values).flatten(1).all(1)).flatten().tolist()

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from vireo.errors import UserError
 from vireo.models import saved_networks
-from vireo.models.encoders import DTYPES, Encoder, check_finite, split
+from vireo.models.encoders import Encoder, check_finite, split
+from vireo.models.saved_networks import DTYPES
 from vireo.pixels import to_pixels
 from vireo.randomness import Draws
 

@@ -15,6 +15,7 @@ import torch
 from vireo.digests import file_digest
 from vireo.errors import UserError
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CONFIG = "config.json"
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # diffusers' and transformers' names
 VERSIONS = ("transformers_version", "dtype", "torch_dtype")  # of a config, what is no part of the function

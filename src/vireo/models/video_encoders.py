@@ -14,7 +14,8 @@ from torch import Tensor
 
 from vireo.errors import UserError
 from vireo.models import saved_networks
-from vireo.models.encoders import DTYPES, Encoder, check_finite, split
+from vireo.models.encoders import Encoder, check_finite, split
+from vireo.models.saved_networks import DTYPES
 from vireo.pixels import to_pixels
 from vireo.randomness import Draws
 
@@ -168,7 +169,7 @@ class VideoTextEncoder(Encoder):
         """Adds latents (B, C, t, h, w), drawn, scaled and padded; of image-to-video also image_latents (B, C, 1, h, w).
 
         A token of 1.5 is two latent frames: where their number is odd, a copy of the first one is put before it, as
-        the pipelines do. A batch without clips gets no latents.
+        the pipelines do; padding_frames, int64 (B,), says how many. A batch without clips gets neither.
         Draws: "posterior"; "image_sigma", "image_noise" and "image_posterior", or "image_variant" in their place.
         Raises UserError for image-to-video weights and data without pictures.
         """
@@ -177,6 +178,7 @@ class VideoTextEncoder(Encoder):
             latents = self._drawn(batch["video_moments"], draws, "posterior") * self.scaling_factor
             padding = -latents.shape[2] % self.patch_size_t
             made["latents"] = torch.cat([latents[:, :, :1].expand(-1, -1, padding, -1, -1), latents], dim=2)
+            made["padding_frames"] = torch.full((len(latents),), padding, device=latents.device)
         if self.has_image:
             made["image_latents"] = self._image_latents(self._noised_moments(batch, draws), draws)
         return {**batch, **made}
