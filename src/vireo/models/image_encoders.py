@@ -15,10 +15,10 @@ from torch import Tensor
 from vireo.errors import UserError
 from vireo.models import saved_networks
 from vireo.models.encoders import Encoder
+from vireo.models.saved_networks import DTYPES
 from vireo.pixels import to_pixels
 from vireo.randomness import Draws
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MOMENTS = ("frame_moments", "target_moments")
 
 
