@@ -7,10 +7,12 @@ asked for, the pipeline's folder does as well.
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from vireo.digests import file_digest
 from vireo.errors import UserError
@@ -113,6 +115,14 @@ def load(part: Part, kind: Any, dtype: torch.dtype) -> Any:
     if faults:
         raise UserError(f"{part.folder}: the weights do not fit {CONFIG}: {'; '.join(faults)}. Fetch both again.")
     return network.eval()
+
+
+def save(folder: Path, state: Mapping[str, Tensor], max_shard_size: str = "10GB") -> None:
+    """Write weights as diffusers' `save_pretrained` does: one safetensors file, or shards and their index."""
+    from huggingface_hub import save_torch_state_dict
+
+    pattern = WEIGHTS[0].replace(".safetensors", "{suffix}.safetensors")
+    save_torch_state_dict(dict(state), folder, filename_pattern=pattern, max_shard_size=max_shard_size)
 
 
 def digest(text: str, files: list[Path]) -> str:
