@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vireo import lora
 from vireo.errors import UserError
 from vireo.models import saved_networks
 from vireo.models.network import Network
@@ -100,7 +101,9 @@ class CogVideoX(Network):
 
     def load(self, path: Path) -> None:
         """Take in a pipeline's folder, its `transformer/`, or, where an adapter learns, the adapter's file."""
-        if self.adapter is not None and self.adapter.wrote(path):
+        if lora.is_file(path):
+            if self.adapter is None:
+                raise UserError(f"{path} is a LoRA: adapter=lora adapter.weights={path} goes on from it.")
             self.adapter.load(self, path)
             return
         part = saved_networks.find(path, "transformer", "init_from")
