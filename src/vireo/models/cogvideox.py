@@ -173,12 +173,13 @@ def rotary_table(
     from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
     frames, height, width = grid
-    options: dict[str, Any] = (
+    options: Any = (
         {"crops_coords": None, "grid_type": "slice", "max_size": (height, width)}
         if base is None
         else {"crops_coords": fitted_region((height, width), base)}
     )
-    return get_3d_rotary_pos_embed(head_dim, grid_size=(height, width), temporal_size=frames, device=device, **options)
+    tables: Any = get_3d_rotary_pos_embed(head_dim, grid_size=grid[1:], temporal_size=frames, device=device, **options)
+    return tables
 
 
 def fitted_region(grid: tuple[int, int], base: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
