@@ -91,7 +91,7 @@ class LoRA:
         self._check_targets(network)
         config = LoraConfig(
             r=self.rank,
-            lora_alpha=self.alpha,
+            lora_alpha=self.alpha,  # type: ignore[arg-type]
             target_modules=self.targets,
             use_dora=self.dora,
             use_rslora=self.rslora,

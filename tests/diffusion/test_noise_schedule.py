@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from vireo.diffusion.noise_schedule import PREDICTION_TYPES, NoiseSchedule
+from vireo.diffusion.noise_schedule import PREDICTION_TYPES, NoiseSchedule, saved_in
 from vireo.errors import UserError
 
 SCHEDULES = st.builds(
@@ -142,11 +142,11 @@ def test_a_pipelines_table_is_read_from_its_folder(tmp_path):
     file = tmp_path / "scheduler" / "scheduler_config.json"
     short = {name: value for name, value in json.loads(file.read_text()).items() if name != "snr_shift_scale"}
     file.write_text(json.dumps(short))
-    found = NoiseSchedule.saved_in(str(tmp_path))
+    found = saved_in(str(tmp_path))
     assert found.settings["snr_shift_scale"] == 3.0, "the default of that scheduler, not ours"
     assert found.settings["rescale_betas_zero_snr"] and found.prediction_type == "v_prediction"
     with pytest.raises(UserError, match=r"there is no .*scheduler_config.json"):
-        NoiseSchedule.saved_in(str(tmp_path / "scheduler"))
+        saved_in(str(tmp_path / "scheduler"))
 
 
 @pytest.mark.parametrize("shift", [1, 3])

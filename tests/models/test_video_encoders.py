@@ -7,10 +7,10 @@ import diffusers
 import pytest
 import torch
 import transformers
-
 from tests.cogvideox import CASES, DESCRIBED, reference
 from tests.data import captions, videos
 from tests.golden.fill import fill, noise
+
 from vireo import cache_filling, digests
 from vireo.cache import Cache, text_identity
 from vireo.data.captioned_clips import CaptionedClips

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from vireo.data import caption_lists, first_frames
+from vireo.data import caption_lists, first_frames, transforms
 from vireo.data.clip_sampling import Pad, fill_up, num_timed, strided_clip, timed_clip, uniform_clip
 from vireo.data.held_out import held_out_names
 from vireo.data.listing import shortened
@@ -220,6 +220,27 @@ class CaptionedClips:
         folder = _layout_folder(Path(root).expanduser(), prompts, None)
         return first_frames.extract(folder, videos, Path(out).expanduser() if out is not None else folder)
 
+    @staticmethod
+    def from_files(
+        height: int,
+        width: int,
+        prompt: str,
+        image: str | None = None,
+        resize: Resize = "crop",
+        id_token: str | None = None,
+        validation_id_token: bool = True,
+    ) -> dict[str, Any]:
+        """For `vireo sample`: a sample without a clip, of a prompt and, for image-to-video, the file of a picture.
+
+        Raises BadVideoError for a picture that cannot be read.
+        """
+        token = id_token if validation_id_token else None
+        made: dict[str, Any] = {"prompt": _with_token(prompt, token), "name": prompt}
+        if image is not None:
+            picture = read_image(Path(image).expanduser())
+            made["image"] = transforms.resize(picture[None], height, width, resize)[0]
+        return made
+
     # ------------------------------------------------------------------ what a sample shows
 
     def _picked(self, index: int, draws: Draws) -> Clip:
@@ -364,9 +385,7 @@ class CaptionedClips:
         return []
 
     def _caption(self, line: str) -> str:
-        if self.id_token is None or line == self.id_token or line.startswith(f"{self.id_token} "):
-            return line
-        return f"{self.id_token} {line}".rstrip()
+        return _with_token(line, self.id_token)
 
     def _bucket(self, info: VideoInfo | None) -> Bucket:
         if info is None or len(self.buckets) == 1:
@@ -500,6 +519,12 @@ class Pool(NamedTuple):
     bucket: Bucket
     weight: float
     clips: list[int]
+
+
+def _with_token(caption: str, id_token: str | None) -> str:
+    if id_token is None or caption == id_token or caption.startswith(f"{id_token} "):
+        return caption
+    return f"{id_token} {caption}".rstrip()
 
 
 def _chosen(weights: Sequence[float], u: float) -> int:

@@ -166,3 +166,22 @@ class NoiseSchedule:
         self.alphas_cumprod = self.alphas_cumprod.to(like.device)  # moved once
         left = self.alphas_cumprod[timesteps.to(like.device)].view(-1, *[1] * (like.ndim - 1))
         return left.sqrt(), (1 - left).sqrt()
+
+
+def saved_in(pipeline: str) -> NoiseSchedule:
+    """The table of a pipeline's folder, from its scheduler/scheduler_config.json.
+
+    What the file leaves out has the defaults of diffusers' class. Raises UserError where there is no such file.
+    """
+    import diffusers
+
+    file = Path(pipeline).expanduser() / "scheduler" / "scheduler_config.json"
+    if not file.is_file():
+        raise UserError(
+            f"model.noise_schedule: there is no {file}, which says what the weights were trained with. Fetch the "
+            "whole folder of the pipeline."
+        )
+    said = json.loads(file.read_text(encoding="utf-8"))
+    kind = getattr(diffusers, said.get("_class_name", "DDIMScheduler"))
+    said, known = kind.from_config(said).config, inspect.signature(NoiseSchedule).parameters
+    return NoiseSchedule(**{name: value for name, value in said.items() if name in known})

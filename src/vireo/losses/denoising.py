@@ -103,13 +103,13 @@ class Denoising(Loss):
         noisy = self.noise_schedule.add_noise(clean, noise, timesteps)
         prediction = network(noisy, timesteps, **self.conditions(batch, draws)).float()
         target = self.noise_schedule.target(clean, noise, timesteps)
-        weighs = self.learning and self.min_snr_gamma is not None
-        if not (weighs or self.skip_padding or (self.learning and self.by_timestep)):
+        gamma = self.min_snr_gamma if self.learning else None
+        if not (gamma or self.skip_padding or (self.learning and self.by_timestep)):
             return Objective(F.mse_loss(prediction, target), {})
         errors = _sample_means((prediction - target).square(), batch["padding_frames"] if self.skip_padding else None)
         metrics = self.by_timestep(timesteps, errors.detach()) if self.learning and self.by_timestep else {}
-        if weighs:
-            errors = errors * self.noise_schedule.min_snr_weights(timesteps, self.min_snr_gamma)
+        if gamma:
+            errors = errors * self.noise_schedule.min_snr_weights(timesteps, gamma)
         return Objective(errors.mean(), metrics)
 
     def timesteps(self, draws: Draws) -> Tensor:

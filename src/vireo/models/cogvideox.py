@@ -29,8 +29,8 @@ class CogVideoX(Network):
     """Predicts velocities of noisy video latents from a text and, if its channels say so, from the first picture.
 
     transformer: a pipeline's folder or its `transformer/`, as diffusers saves it.
-    dtype: of the weights as they are loaded and exported. What learns is float32 between (`FreezePolicy`); a network in
-        half precision computes under autocast in it.
+    dtype: of the weights as they are loaded and exported; what learns is float32 in between (`FreezePolicy`). Half of
+        it computes under autocast: the caller's, or else its own dtype.
     compat: positions of rotary embeddings. "pipeline": as diffusers' pipelines have them, so that what is trained at
         any size is what is sampled. "upstream": whole numbers, as the published trainer has them for all models; at the
         native size both agree.
@@ -75,8 +75,9 @@ class CogVideoX(Network):
         """
         frames = self._with_image(noisy, image_latents).transpose(1, 2)  # (B, t, C or 2 C, h, w)
         self._check(frames, prompt_embeds)
-        half = self.dtype != torch.float32
-        with torch.autocast(noisy.device.type, self.dtype) if half else nullcontext():
+        kind = noisy.device.type
+        as_called = self.dtype == torch.float32 or torch.is_autocast_enabled(kind)
+        with nullcontext() if as_called else torch.autocast(kind, self.dtype):
             prediction = self.transformer(
                 hidden_states=frames,
                 encoder_hidden_states=prompt_embeds,
@@ -173,12 +174,13 @@ def rotary_table(
     from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
     frames, height, width = grid
-    options: dict[str, Any] = (
+    options: Any = (
         {"crops_coords": None, "grid_type": "slice", "max_size": (height, width)}
         if base is None
         else {"crops_coords": fitted_region((height, width), base)}
     )
-    return get_3d_rotary_pos_embed(head_dim, grid_size=(height, width), temporal_size=frames, device=device, **options)
+    tables: Any = get_3d_rotary_pos_embed(head_dim, grid_size=grid[1:], temporal_size=frames, device=device, **options)
+    return tables
 
 
 def fitted_region(grid: tuple[int, int], base: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
