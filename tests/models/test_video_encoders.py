@@ -331,10 +331,11 @@ def test_the_length_of_texts_and_the_way_of_resizing_count(folders, data, tmp_pa
 
 
 def test_the_family_of_a_model_names_nothing(folders, data, tmp_path):
-    """2B and 5B share a VAE but for its scale, which is no part of what is kept: both read one entry, each scales it."""
+    """2B and 5B have a VAE of different scale, which is no part of what is kept: both read the same entries."""
     smaller = save(tmp_path / "2b", T2V, {"scaling_factor": 1.15258426})
     _, of_5b = filled(folders["t2v"], data, tmp_path)
-    _, of_2b = filled(smaller, data, tmp_path)
+    added, of_2b = filled(smaller, data, tmp_path)
+    assert added == 0
     one, other = (make(f).condition(b, DRAWS)["latents"] for f, b in ((folders["t2v"], of_5b), (smaller, of_2b)))
     close(one / 0.7, other / 1.15258426)
 

@@ -142,25 +142,6 @@ class NoiseSchedule:
         own = {key: value for key, value in self.settings.items() if key in known}
         return kind(**{**({"clip_sample": False} if "clip_sample" in known else {}), **settings, **own})
 
-    @classmethod
-    def saved_in(cls, pipeline: str) -> "NoiseSchedule":
-        """The table of a pipeline's folder, from its scheduler/scheduler_config.json.
-
-        What the file leaves out has the defaults of diffusers' class. Raises UserError where there is no such file.
-        """
-        import diffusers
-
-        file = Path(pipeline).expanduser() / "scheduler" / "scheduler_config.json"
-        if not file.is_file():
-            raise UserError(
-                f"model.noise_schedule: there is no {file}, which says what the weights were trained with. Fetch the "
-                "whole folder of the pipeline."
-            )
-        said = json.loads(file.read_text(encoding="utf-8"))
-        kind = getattr(diffusers, said.get("_class_name", "DDIMScheduler"))
-        said, known = kind.from_config(said).config, inspect.signature(cls).parameters
-        return cls(**{name: value for name, value in said.items() if name in known})
-
     def _scales(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(abar) and sqrt(1 - abar), float32 (B, 1, …) on the sample's device."""
         self.alphas_cumprod = self.alphas_cumprod.to(like.device)  # moved once

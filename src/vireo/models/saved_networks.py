@@ -7,7 +7,7 @@ asked for, the pipeline's folder does as well.
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,9 +30,13 @@ class Part(NamedTuple):
     config: dict[str, Any]
     weights: list[Path]
 
-    def identity(self) -> str:
-        """Names the network by its config and its weights' content, wherever it lies; no weights are loaded."""
-        config = {name: value for name, value in self.config.items() if name[:1] != "_" and name not in VERSIONS}
+    def identity(self, unused: Collection[str] = ()) -> str:
+        """Names the network by its config and its weights' content, wherever it lies; no weights are loaded.
+
+        unused: names in the config that what is computed does not depend on.
+        """
+        left_out = {*VERSIONS, *unused}
+        config = {name: value for name, value in self.config.items() if name[:1] != "_" and name not in left_out}
         return digest(json.dumps(config, sort_keys=True), self.weights)
 
 

@@ -20,6 +20,7 @@ from vireo.pixels import to_pixels
 from vireo.randomness import Draws
 
 CHANNELS = -4  # axis of (..., C, t, h, w)
+NOT_OF_MOMENTS = ("scaling_factor", "shift_factor", "invert_scale_latents", "sample_height", "sample_width")
 SCALES = ("auto", "scaling", "inverse", "none")
 
 
@@ -138,7 +139,7 @@ class VideoTextEncoder(Encoder):
                 max_length=self.max_length,
                 dtype=self.dtype,
             )
-        about: dict[str, Any] = {"weights": self.vae_part.identity(), "dtype": self.dtype, "tiling": self.tiling}
+        about: dict[str, Any] = {"weights": self.vae_part.identity(NOT_OF_MOMENTS), "dtype": self.dtype, "tiling": self.tiling}
         if self.tiling:
             about["tile"] = [self.tile_height, self.tile_width]
         if output == "image_moments":
