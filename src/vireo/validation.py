@@ -85,10 +85,9 @@ def score_clips(
             rates, tasks = (batch.get(field, [None] * len(some)) for field in ("fps", "task"))
             batch = encoder(batch, draws)
             columns = sampler(network, encoder, batch, draws)
-            losses = (
-                [_loss(loss, network, batch, draws, row) for row in range(len(some))] if "target" in columns else []
-            )
-            baselines = sampler.baselines(batch) if "target" in columns else {}
+            has_truth = "target" in columns
+            losses = [_loss(loss, network, batch, draws, row) for row in range(len(some))] if has_truth else []
+            baselines = sampler.baselines(batch) if has_truth else {}
             figures = sampler.measure(network, encoder, batch, {**columns, **baselines})
             for row, (index, name, fps, task) in enumerate(zip(some, names, rates, tasks, strict=True)):
                 shown = {title: to_uint8(video[row], low=0).cpu() for title, video in columns.items()}

@@ -91,9 +91,7 @@ class VideoSampler(Sampler):
         # Time before channels, as in the pipelines, so that a scheduler's own numbers fall on the same places.
         latents = denoise(
             predict,
-            self.noise_schedule.scheduler(
-                self.scheduler, **{"timestep_spacing": "trailing", **self.scheduler_settings}
-            ),
+            self.noise_schedule.scheduler(self.scheduler, **settings),
             draws.normal("sampling noise", grid[0], channels, *grid[1:]),
             self.guidance,
             self.guidance.conditions(others, {name: given[name] for name in null}, null),
