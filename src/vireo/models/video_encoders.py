@@ -20,7 +20,7 @@ from vireo.pixels import to_pixels
 from vireo.randomness import Draws
 
 CHANNELS = -4  # axis of (..., C, t, h, w)
-NOT_OF_MOMENTS = ("scaling_factor", "shift_factor", "invert_scale_latents", "sample_height", "sample_width")
+UNUSED = ("scaling_factor", "shift_factor", "invert_scale_latents")  # of a VAE's config, where moments are concerned
 SCALES = ("auto", "scaling", "inverse", "none")
 
 
@@ -139,7 +139,8 @@ class VideoTextEncoder(Encoder):
                 max_length=self.max_length,
                 dtype=self.dtype,
             )
-        about: dict[str, Any] = {"weights": self.vae_part.identity(NOT_OF_MOMENTS), "dtype": self.dtype, "tiling": self.tiling}
+        weights = self.vae_part.identity(UNUSED)
+        about: dict[str, Any] = {"weights": weights, "dtype": self.dtype, "tiling": self.tiling}
         if self.tiling:
             about["tile"] = [self.tile_height, self.tile_width]
         if output == "image_moments":
