@@ -55,3 +55,66 @@ def test_weights_are_the_same_each_time(editor, tmp_path):
     networks.write_editor(tmp_path)
     for name in ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
         assert (tmp_path / name).read_bytes() == (editor / name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def cogvideox(tmp_path_factory):
+    """The five pipelines, with the VAEs that the world puts beside them."""
+    weights = tmp_path_factory.mktemp("cogvideox")
+    for name in networks.COGVIDEOX:
+        networks.write_cogvideox(weights / name, name)
+        shutil.copytree(world.SHIPPED / world.WEIGHTS[f"{name}/vae"], weights / name / "vae")
+    return weights
+
+
+@pytest.mark.parametrize("name", networks.COGVIDEOX)
+def test_each_cogvideox_loads_as_a_pipeline_and_runs(cogvideox, name):
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(cogvideox / name)
+    pipeline.set_progress_bar_config(disable=True)
+    image = {"image": torch.zeros(1, 3, 64, 64)} if "I2V" in name else {}
+    video = pipeline(
+        "a red square", num_inference_steps=1, num_frames=9, height=64, width=64, max_sequence_length=24,
+        output_type="pt", generator=torch.Generator().manual_seed(0), **image,
+    ).frames  # fmt: skip
+    assert video.shape == (1, 9, 3, 64, 64) and video.std() > 0
+    assert pipeline.scheduler.config.snr_shift_scale == (3.0 if name.endswith("2b") else 1.0)
+
+
+def test_the_transformers_are_small_and_differ_as_the_real_ones_do(cogvideox):
+    made = {
+        name: diffusers.CogVideoXTransformer3DModel.from_pretrained(cogvideox / name / "transformer")
+        for name in networks.COGVIDEOX
+    }
+    assert all(sum(p.numel() for p in network.parameters()) < 500_000 for network in made.values())
+    configs = {name: network.config for name, network in made.items()}
+    assert [c.patch_size_t for c in configs.values()] == [None, None, None, 2, 2]
+    assert [c.in_channels for c in configs.values()] == [16, 16, 32, 16, 32]
+    assert [c.use_rotary_positional_embeddings for c in configs.values()] == [False, True, True, True, True]
+    assert configs["CogVideoX1.5-5B-I2V"].ofs_embed_dim == networks.TRANSFORMER["time_embed_dim"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", networks.COGVIDEOX)
+def test_trained_weights_serve_the_other_models_as_far_as_they_fit(cogvideox, name):
+    """Told nothing of a picture and, with two frames a token, of one frame twice, they predict what they predicted."""
+    kind = diffusers.CogVideoXTransformer3DModel
+    trained = kind.from_pretrained(cogvideox / "CogVideoX-5b" / "transformer")
+    other = kind.from_pretrained(cogvideox / name / "transformer")
+    other.load_state_dict(networks.fitted(other.state_dict(), {k: v.half() for k, v in trained.state_dict().items()}))
+    trained.half().float()
+    frames = other.config.patch_size_t or 1
+    noisy = torch.randn(1, 1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    text = torch.randn(1, 24, 32, generator=torch.Generator().manual_seed(1))
+    tables = (torch.ones(16, 32), torch.zeros(16, 32))  # no rotation
+    inputs = torch.cat([noisy] * frames, 1)
+    picture = torch.randn(1, frames, 16, 8, 8) if other.config.in_channels == 32 else inputs[:, :, :0]
+    ofs = torch.full((1,), 2.0) if other.config.ofs_embed_dim else None
+    t = torch.tensor([500])
+    if name == "CogVideoX-5b-I2V" or name == "CogVideoX-2b":
+        other.patch_embed.pos_embedding.zero_()
+    found = other(torch.cat([inputs, picture], 2), text, t, ofs=ofs, image_rotary_emb=tables, return_dict=False)[0]
+    expected = trained(noisy, text, t, image_rotary_emb=tables, return_dict=False)[0]
+    if other.config.patch_bias:
+        torch.testing.assert_close(found, expected.expand_as(found), rtol=1e-4, atol=1e-4)
+    else:
+        assert found.shape == (1, frames, 16, 8, 8) and torch.equal(found[:, 0], found[:, 1])
