@@ -292,8 +292,8 @@ class VideoTextEncoder(Encoder):
 def _picture(batch: dict[str, Any]) -> Tensor:
     if "image" not in batch:
         raise UserError(
-            "these weights make videos of a picture and a text, and the data give no picture: take "
-            "data=captioned_clips_image, or weights of text-to-video"
+            "these weights make videos of a picture and a text, and there is no picture: take "
+            "data=captioned_clips_image, or image=<file> for vireo sample, or weights of text-to-video"
         )
     return batch["image"]
 
