@@ -23,7 +23,7 @@ def _experiments():
         yield pytest.param(name, marks=pytest.mark.full) if is_like_others else name
 
 
-@pytest.mark.parametrize("experiment", _experiments())
+@pytest.mark.parametrize("experiment", list(_experiments()))
 def test_it_trains_and_resumes_exactly(experiment, tmp_path):
     world.ensure()
     words = [f"experiment={experiment}", *SHORT, *(COGVIDEOX if experiment.startswith("cogvideox") else SMALL)]
