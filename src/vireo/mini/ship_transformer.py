@@ -31,9 +31,10 @@ def ship(run: Path, folder: Path = SHIPPED_TRANSFORMER) -> None:
     save_file(weights, folder / FILE, metadata={"format": "pt"})
     (folder / FILE).chmod(0o644)  # safetensors makes them private
     shutil.copyfile(exported / "config.json", folder / "config.json")
+    finished = json.loads((run / "finished").read_text(encoding="utf-8"))
     figures = {
-        "held_out": json.loads((run / "finished").read_text(encoding="utf-8"))["figures"],
-        "overrides": json.loads((run / "overrides.json").read_text(encoding="utf-8")),
+        "held_out": finished["figures"],
+        "steps": finished["step"],
         "parameters": sum(value.numel() for value in weights.values()),
         "bytes": (folder / FILE).stat().st_size,
     }

@@ -39,7 +39,8 @@ def check_clips(
     for shape in [(num_frames, height, width), *(buckets or ())]:
         if len(shape) != 3:
             raise UserError(f"a bucket is [num_frames, height, width], got {list(shape)}")
-        problems += _faults(*shape, config)
+        frames, *size = shape
+        problems += _faults(frames, size[0], size[1], config)
     lengths = {num_frames, *(shape[0] for shape in buckets or ())}
     known = config.get("sample_frames", max(lengths))
     if max(lengths) > known:
