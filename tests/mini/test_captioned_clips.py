@@ -56,3 +56,9 @@ def test_seeds_vary_what_a_caption_leaves_open():
     scenes_of_it = [captioned_clips.scene(meaning, seed) for seed in range(8)]
     assert len({scene.things[0].start for scene in scenes_of_it}) == 8
     assert {scene.text for scene in scenes_of_it} == {meaning.caption}
+
+
+def test_the_files_are_the_same_each_time(made, tmp_path):
+    captioned_clips.write(tmp_path / "again", 12)
+    for path in sorted(made.rglob("*.*")):
+        assert path.read_bytes() == (tmp_path / "again" / path.relative_to(made)).read_bytes(), path

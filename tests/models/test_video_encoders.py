@@ -158,6 +158,14 @@ def test_padding_frames_stand_first_and_are_dropped(folders, frames):
     close(encoder.decode(found["latents"]), plain.decode(unpadded))
 
 
+def test_captions_without_clips(folders):
+    data = {"prompt": batch()["prompt"]}
+    found = make(folders["t2v"])(data, DRAWS)
+    assert found.keys() == {"prompt", "prompt_embeds", "null_prompt_embeds"}
+    with_picture = make(folders["i2v"], image_variants=1)(data | {"image": batch()["image"]}, DRAWS)
+    assert with_picture["image_latents"].shape == (2, 4, 1, 2, 4) and "latents" not in with_picture
+
+
 def test_the_mean_is_drawn_from_nothing(folders):
     encoder, data = make(folders["i2v"], posterior="mean", image_variants=1), batch()
     first, second = (encoder(data, Draws(seed, [3, 8])) for seed in (0, 1))
@@ -203,7 +211,7 @@ def test_half_precision_inside_float32_outside(folders, dtype):
 def test_what_does_not_suit(folders, tmp_path):
     with pytest.raises(UserError, match="Clips of 8x16x32 cannot be encoded"):
         make(folders["t2v"])(batch(8), DRAWS)
-    with pytest.raises(UserError, match="the data give no picture: take data=captioned_clips_image"):
+    with pytest.raises(UserError, match="there is no picture: take data=captioned_clips_image"):
         make(folders["i2v"])({k: v for k, v in batch().items() if k != "image"}, DRAWS)
     with pytest.raises(UserError, match="dtype is 'fp8'.*; model.encoder.posterior is 'mode'.*image_variants is 0"):
         make(folders["t2v"], dtype="fp8", posterior="mode", image_variants=0)

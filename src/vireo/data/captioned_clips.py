@@ -551,11 +551,14 @@ def _identity(path: Path, **decoding: Any) -> str:
 
 def _layout_folder(root: Path, prompts: str | None, mix: Mapping[str, float] | None) -> Path:
     """`root`, or the folder in it where only that one has captions."""
-    names = (prompts,) if prompts is not None else caption_lists.ALIASES["prompts"]
-    inside = root / INSIDE
-    if not mix and not any((root / name).is_file() for name in names):
-        return inside if any((inside / name).is_file() for name in names) else root
-    return inside if mix and not all((root / name).is_dir() for name in mix) and inside.is_dir() else root
+
+    def suits(folder: Path) -> bool:
+        if mix:
+            return all((folder / name).is_dir() for name in mix)
+        names = [prompts] if prompts is not None else caption_lists.ALIASES["prompts"]
+        return any((folder / name).is_file() for name in names)
+
+    return root / INSIDE if suits(root / INSIDE) and not suits(root) else root
 
 
 def _distortion(info: VideoInfo, bucket: Bucket) -> float:

@@ -31,8 +31,8 @@ def check_clips(
 
     transformer: folder as diffusers saves it, or a pipeline's; what its config says is read if it is there. buckets:
     further shapes (num_frames, height, width). Lengths are 8 N + 1, sides multiples of 8 pixels times the patch size;
-    a learned position table takes the size that it was learnt for alone. Other lengths than
-    the weights have seen get a warning.
+    a learned position table takes the size that it was learnt for alone. Other lengths than the weights have seen get a
+    warning.
     """
     config = _config(Path(transformer).expanduser())
     problems: list[str] = []
