@@ -38,6 +38,19 @@ def test_every_column_is_scored_beside_the_baselines(network):
     )
 
 
+def test_what_has_no_truth_is_shown_and_not_measured(network):
+    class Shown(Denoised):
+        def __call__(self, *arguments):
+            return {"prediction": super().__call__(*arguments)["prediction"]}
+
+        def measure(self, *arguments):
+            return {}
+
+    stream = Stream(ToyDataset(side=16), SEED, shuffle=False)
+    ((score, columns),) = score_clips(network, NoEncoder(), Denoise(), Shown(), stream, [0], 1, CPU)
+    assert score.measures == {} and list(columns) == ["prediction"]
+
+
 def test_the_loss_does_not_learn_in_validation(network):
     seen = []
 

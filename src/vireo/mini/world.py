@@ -69,6 +69,9 @@ def write_weights(world: Path) -> None:
     """`weights/`: the small networks under the real ones' names."""
     for name, shipped in WEIGHTS.items():
         shutil.copytree(SHIPPED / shipped, world / "weights" / name, copy_function=shutil.copyfile)
+        if name.startswith("CogVideoX1.5"):
+            config = world / "weights" / name / "config.json"
+            _write_json(config, json.loads(config.read_text()) | {"invert_scale_latents": True})
 
 
 # Each part of the world is one function that writes into a folder of its own; a recipe with another layout adds one.
@@ -76,7 +79,11 @@ PARTS: tuple[Callable[[Path], None], ...] = (write_clips, write_weights)
 
 # Modules that write a part as a program, given a folder of the world, while this process writes the others: they take
 # some seconds each, and what imports torch must not be imported here.
-PROGRAMS = {"vireo.mini.frame_edits": "data/frame_edits", "vireo.mini.networks": "weights"}
+PROGRAMS = {
+    "vireo.mini.frame_edits": "data/frame_edits",
+    "vireo.mini.captioned_clips": "data/captioned_clips",
+    "vireo.mini.networks": "weights",
+}
 
 
 def ensure(folder: str | os.PathLike | None = None) -> Path:
@@ -140,15 +147,17 @@ def version() -> str:
     return f"{__version__}-{digest.hexdigest()}"
 
 
-def write_video(path: Path, frames) -> None:
+def write_video(path: Path, frames, x264_params: str = "") -> None:
     """H.264 of uint8 frames (T, H, W, 3) at 8 frames per second.
 
-    Full-resolution colour at crf 10: at 64x64 the usual half-resolution colour would cost 10 dB.
+    Full-resolution colour at crf 10: at 64x64 the usual half-resolution colour would cost 10 dB. x264_params: more
+    settings. With "mbtree=0" the bytes are the same each time; without, some clips were seen to have two versions.
     """
     import av
 
+    options = {"crf": "10", "preset": "veryfast", **({"x264-params": x264_params} if x264_params else {})}
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=FPS, options={"crf": "10", "preset": "veryfast"})
+        stream = container.add_stream("libx264", rate=FPS, options=options)
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv444p"
         stream.codec_context.thread_count = 1
         for picture in frames:

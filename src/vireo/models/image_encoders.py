@@ -6,7 +6,6 @@ as in every pipeline (https://github.com/timothybrooks/instruct-pix2pix); scalin
 """
 
 import functools
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,11 +13,11 @@ from torch import Tensor, nn
 
 from vireo.errors import UserError
 from vireo.models import saved_networks
-from vireo.models.encoders import Encoder
+from vireo.models.encoders import Encoder, split
+from vireo.models.saved_networks import DTYPES
 from vireo.pixels import to_pixels
 from vireo.randomness import Draws
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MOMENTS = ("frame_moments", "target_moments")
 
 
@@ -65,7 +64,7 @@ class ImageTextEncoder(Encoder):
         if text_encoder is not None:
             self.text_part = saved_networks.find(text_encoder, "text_encoder", "model.encoder.text_encoder")
             self.outputs |= {"prompt_embeds": "prompt", "null_prompt_embeds": '""'}
-        self.tokenizer_folder = _find_tokenizer(tokenizer or str(text_encoder))
+        self.tokenizer_folder = saved_networks.find_tokenizer(tokenizer or str(text_encoder))
 
     @property
     def scaling_factor(self) -> float:
@@ -177,22 +176,3 @@ class ImageTextEncoder(Encoder):
                 ]
             )
         return moments.unflatten(0, frames.shape[:-3])
-
-
-def split(moments: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (..., C, h, w) of moments (..., 2C, h, w), as diffusers reads them."""
-    mean, log_variance = moments.chunk(2, dim=-3)
-    return mean, torch.exp(0.5 * log_variance.clamp(-30, 20))
-
-
-def _find_tokenizer(path: str) -> Path:
-    """`path`/tokenizer, the folder `path` itself, or the one beside it in a pipeline."""
-    outer = Path(path).expanduser()
-    places = [outer / "tokenizer", outer, outer.parent / "tokenizer"]
-    for place in places:
-        if (place / "tokenizer_config.json").is_file():
-            return place
-    raise UserError(
-        f"There is no tokenizer in {', '.join(map(str, places))}. Set model.encoder.tokenizer to a folder with "
-        "tokenizer_config.json and the vocabulary."
-    )
