@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 TINY_TAEHV = ["model.network.weights=null", "++model.network.encoder_width=8", "++model.network.num_memblocks=1"]
 TINY_TAEHV += ["++model.network.decoder_widths=[8,8,8,8]", "height=32", "width=32"]
+TINY_COGVIDEOX = ["cache=off", "model.sampler.num_inference_steps=2"]
 TINY_IP2P = ["height=32", "width=32", "cache=off", "model.sampler.num_inference_steps=2"]
 
 
@@ -27,4 +28,18 @@ RECIPES = {
     "taehv_seraena_wan": Recipe(TINY_TAEHV, tolerance=1e-3, accumulates=False, quick=False),
     "ip2p_image": Recipe(TINY_IP2P, quick=False),
     "ip2p_video": Recipe(TINY_IP2P),
+    # These two differ in everything that the others do.
+    "cogvideox_t2v_lora": Recipe(TINY_COGVIDEOX),
+    "cogvideox15_i2v_sft": Recipe(TINY_COGVIDEOX),
+    **{
+        f"cogvideox{version}_{task}_{mode}": Recipe(TINY_COGVIDEOX, quick=False)
+        for version, task, mode in (
+            ("", "t2v", "sft"),
+            ("", "i2v", "lora"),
+            ("", "i2v", "sft"),
+            ("15", "t2v", "lora"),
+            ("15", "t2v", "sft"),
+            ("15", "i2v", "lora"),
+        )
+    },
 }

@@ -3,23 +3,23 @@
 import pytest
 
 from tests import drills
-from vireo import config
+from tests.recipes import RECIPES
 
-<<<<<<< HEAD
-SHORT = ["batch_size=2", "height=32", "width=32", "loader.workers=0"]
 WORST = ["kill", "kill-save", "not-finite"]
-# One experiment of each recipe is drilled whenever tests run, the others with the full matrix.
-QUICK = ("taehv_seraena", "ip2p_video")
 
 
-def experiments():
-    full = pytest.mark.full
-    return [pytest.param(name, marks=[] if name in QUICK else full, id=name) for name in config.experiments()]
+def recipes():
+    """Those that are quick are drilled whenever tests run (taehv with every fault, in test_drill.py)."""
+    return [
+        pytest.param(name, marks=[] if recipe.quick and name != "taehv" else pytest.mark.full)
+        for name, recipe in RECIPES.items()
+    ]
 
 
-@pytest.fixture(scope="module", params=experiments())
+@pytest.fixture(scope="module", params=recipes())
 def drilled(request, tmp_path_factory):
-    return drills.undisturbed([f"experiment={request.param}", *SHORT], tmp_path_factory.mktemp(request.param))
+    words = [f"experiment={request.param}", *RECIPES[request.param].words, "batch_size=2", "loader.workers=0"]
+    return drills.undisturbed(words, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.mark.parametrize("title", WORST)
@@ -29,37 +29,5 @@ def test_it_survives(drilled, title):
 
 def test_it_exports_and_says_what_memory_it_takes(drilled):
     _, folder = drilled
-=======
-SHORT = ["steps=4", "checkpoint.every=2", "validation.every=null", "validation.clips=1", "logging.every=1"]
-SHORT += ["batch_size=2", "tracker=none", "loader.workers=0"]
-SMALL = ["height=32", "width=32"]
-# Of the eight of CogVideoX these two differ in everything that the others do; encodings are made as they are needed.
-OF_COGVIDEOX = ("cogvideox_t2v_lora", "cogvideox15_i2v_sft")
-COGVIDEOX = ["cache=off", "model.sampler.num_inference_steps=2"]
-
-
-def _experiments():
-    for name in config.experiments():
-        is_like_others = name.startswith("cogvideox") and name not in OF_COGVIDEOX
-        yield pytest.param(name, marks=pytest.mark.full) if is_like_others else name
-
-
-@pytest.mark.parametrize("experiment", list(_experiments()))
-def test_it_trains_and_resumes_exactly(experiment, tmp_path):
-    world.ensure()
-    words = [f"experiment={experiment}", *SHORT, *(COGVIDEOX if experiment.startswith("cogvideox") else SMALL)]
-    undisturbed = runs.train(tmp_path / "undisturbed", *words, shrunk=False)
-    folder = runs.make(tmp_path / "killed", words, shrunk=False)
-    assert runs.work(folder, runs.die_at(3)) == -signal.SIGKILL
-    assert checkpoint.steps(folder) == [2]
-    assert runs.work(folder) == 0
-    assert runs.metrics(folder) == runs.metrics(undisturbed)
-    one, two = checkpoint.latest(undisturbed), checkpoint.latest(folder)
-    assert one is not None and two is not None and one.step == two.step == 4
-    for part in ("network", "optimizer", "ema", "loss"):
-        first, second = one.tensors(part), two.tensors(part)
-        assert first.keys() == second.keys()
-        assert all(torch.equal(first[name], second[name]) for name in first), part
->>>>>>> refs/heads/cogdata
     assert list((folder / "export").rglob("*.safetensors"))
     assert "total before activations" in (folder / "train.log").read_text()
