@@ -38,6 +38,12 @@ def decibels(mse: Tensor) -> Tensor:
     return -10 * torch.log10(mse.clamp_min(10 ** (-MOST / 10)))
 
 
+def mean_where(region: Tensor, values: Tensor) -> Tensor:
+    """Mean over a region and all colours, 0 where it is empty: (B, T, 1, H, W), (B, T, C, H, W) -> (B,)."""
+    chosen = region.expand_as(values).to(values.dtype)
+    return (values * chosen).sum(dim=(1, 2, 3, 4)) / chosen.sum(dim=(1, 2, 3, 4)).clamp_min(1)
+
+
 def ssim(prediction: Tensor, target: Tensor) -> Tensor:
     """Structural similarity (Wang et al. 2004): 11x11 Gaussian window, sigma 1.5, mean over the clip's frames. (B,)
 

@@ -221,6 +221,18 @@ def write_video(path: str | Path, frames: Tensor, fps: float) -> None:
         container.mux(stream.encode())
 
 
+def write_gif(path: str | Path, frames: Tensor, fps: float) -> None:
+    """A GIF of uint8 RGB frames (T, C, H, W) that plays for ever, with 256 colours for each frame.
+
+    GIFs count in hundredths of a second, and viewers slow down what is faster than 50 frames a second. Raises OSError
+    with the path if it cannot be written.
+    """
+    first, *rest = [Image.fromarray(picture) for picture in _pixels(frames)]
+    duration = 10 * max(2, round(100 / fps))  # ms
+    with _replacing(Path(path)) as unfinished:
+        first.save(unfinished, format="GIF", save_all=True, append_images=rest, duration=duration, loop=0)
+
+
 def write_grid(path: str | Path, rows: Mapping[str, Tensor], columns: int = 8) -> None:
     """A PNG contact sheet: per row a label and up to `columns` frames of one clip, evenly spaced from first to last.
 

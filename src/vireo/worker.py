@@ -287,6 +287,7 @@ class Run:
                 device=self.device,
                 folder=folder,
                 fps=settings["fps"],
+                gif=settings["gif"],
             )
         self.policy.train_mode(self.network)
         if distributed.is_main():

@@ -228,6 +228,15 @@ def test_any_videos_are_a_source(tmp_path):
     assert (whole["frames"][:, 0, 0, 0].int() - torch.arange(5) * 20).abs().max() < 4
 
 
+def test_videos_of_several_sizes_need_batches_of_one(roots):
+    write_frames(roots["davis"] / "JPEGImages/480p/cow", 6, size=(24, 56))
+    (roots["davis"] / "ImageSets/2017/val.txt").write_text("dog\ncow\n")
+    stream = Stream(clips(roots, "validation"), "validation", shuffle=False)
+    with pytest.raises(UserError, match="differ in shape, frames.*batch_size=1"):
+        collate(stream.samples([(0, 0), (1, 0)]))
+    assert collate(stream.samples([(1, 0)]))["frames"].shape == (1, 5, 3, 24, 56)
+
+
 def test_upstreams_whole_pictures(roots):
     data = clips(roots, crop="none")
     sample = load(data.sample(0, Draws(0, [0])))

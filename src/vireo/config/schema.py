@@ -72,6 +72,7 @@ class Validation:
     metric: str = knob("the figure that says which checkpoint is best", "psnr")
     higher_is_better: bool = knob("whether a greater value of that figure is the better one", True)
     fps: float | None = knob("frames per second of the videos written for people; null: the clips' own", None, above=0)
+    gif: bool = knob("whether these videos are also written as GIFs", False)
 
 
 @dataclass

@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 MULTIPLE = 8  # of pixels: what VAEs make one latent of
 SOURCES = ("davis", "ytvos", "videos")
+PROMPT = "clean background"
 
 
 class MaskedClips:
@@ -79,7 +80,7 @@ class MaskedClips:
         annotations: bool = True,
         dilation: int = 4,
         held_out: str | float | Sequence[str] = "val",
-        prompt: str = "clean background",
+        prompt: str = PROMPT,
         reverse: float = 0.5,
         crop: Literal["center", "none"] = "center",
         validation_size: Literal["native", "crop"] = "native",
@@ -181,12 +182,12 @@ class MaskedClips:
     def from_files(
         video: str,
         mask: str,
-        prompt: str,
         dilation: int,
         prior: str | None = None,
+        prompt: str = PROMPT,
         max_side: str | int = 960,
     ) -> dict[str, Any]:
-        """For `vireo sample`: one whole video with its hole, as a sample, decoded.
+        """For `vireo sample`: one whole video with its hole, as a sample, decoded; "has_truth" is False in it.
 
         video, mask: a video file or a folder of frames; the mask also one picture for all. prior: a video of the same
         length with the hole already filled in some way, "prior_frames" of the sample. The longer side becomes at most
@@ -208,6 +209,7 @@ class MaskedClips:
             "prompt": prompt,
             "name": path.stem,
             "fps": fps,
+            "has_truth": False,
         }
         if prior is not None:
             filled, _ = _whole(Path(prior).expanduser())

@@ -26,15 +26,16 @@ def main(words: Sequence[str]) -> int:
     folder = Path(given.own.get("out", (given.folder or Path()) / "samples" / "by_hand"))
     folder.mkdir(parents=True, exist_ok=True)
     print(f"weights: {about}")
-    sampler, fps = objects.sampler(given.settings), given.settings["validation"]["fps"]
+    sampler = objects.sampler(given.settings)
+    fps, gif = (given.settings["validation"][key] for key in ("fps", "gif"))
     some = range(min(clips or 0, len(stream.dataset)))
     batch_size, device = given.settings["batch_size"], trained.device()
     loss, rates = objects.loss(given.settings), {}
     for score, columns in score_clips(network, encoder, loss, sampler, stream, some, batch_size, device):
         rates[score.clip] = fps or score.fps
-        written = show(columns, folder / f"clip_{score.clip:03d}", rates[score.clip])
+        written = show(columns, folder / f"clip_{score.clip:03d}", rates[score.clip], gif)
         psnr = f"  {score.measures['psnr']:.2f} dB" if "psnr" in score.measures else ""
         print(f"{', '.join(map(str, written))}  {score.name}{psnr}")
     for clip, title, columns in further_videos(network, encoder, sampler, stream, some, batch_size, device):
-        print(*show(columns, folder / f"clip_{clip:03d}_{title}", rates[clip]), sep=", ")
+        print(*show(columns, folder / f"clip_{clip:03d}_{title}", rates[clip], gif), sep=", ")
     return 0
