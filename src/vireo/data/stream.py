@@ -227,7 +227,8 @@ class Slices(Sampler[list[tuple[int, int]]]):
 def collate(samples: list[dict[str, Any]], views: bool = True) -> dict[str, Any]:
     """Stack tensors along a new first axis; strings and the rest become lists. `position` is int64 (B,).
 
-    Raises UserError for tensors of different shapes. views: whether one and the same tensor in all samples, such as a null prompt, may become a view without copies.
+    views: whether one and the same tensor in all samples, such as a null prompt, may become a view without copies.
+    Raises UserError for tensors of different shapes.
     """
     batch: dict[str, Any] = {}
     for key in samples[0]:
