@@ -92,20 +92,16 @@ def test_an_adapter_without_a_middle_block(folders, tmp_path):
 @pytest.mark.parametrize("mid", [True, False])
 def test_configs_are_those_that_diffusers_makes(mid):
     one = motion_unet(use_motion_mid_block=mid)
-    ours = diffusers.UNetMotionModel.from_config(
-        {
-            name: value
-            for name, value in motion_config(unet2d().config, adapter(use_motion_mid_block=mid).config).items()
-            if name in one.config
-        }
-    )
-    assert {"_class_name": "UNetMotionModel", **ours.config} == dict(one.config)
+    ours = motion_config(unet2d().config, adapter(use_motion_mid_block=mid).config)
+    for name, value in one.config.items():
+        if name[:1] != "_" and name in ours:
+            assert ours[name] == value, name
     back = spatial_config(one.config)
     for name, value in unet2d().config.items():
         if name in back and name not in ("_class_name", "mid_block_type"):
             assert back[name] == value, name
-    kept = adapter_config(one.config)
-    assert kept == {name: adapter(use_motion_mid_block=mid).config[name] for name in kept}
+    modules = adapter_config(one.config)
+    assert modules == {name: adapter(use_motion_mid_block=mid).config[name] for name in modules}
 
 
 def test_parameters_at_real_size():

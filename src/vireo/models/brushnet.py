@@ -76,8 +76,8 @@ class BrushNetModel(ModelMixin, ConfigMixin):
         The first convolution sees noisy and masked latent with the UNet's kernels, and the mask with zeros.
         """
         given: Any = unet
-        names = ("in_channels", "down_block_types", "up_block_types", "block_out_channels", "layers_per_block")
-        names += ("norm_num_groups", "cross_attention_dim", "attention_head_dim")
+        names = ["in_channels", "down_block_types", "up_block_types", "block_out_channels", "layers_per_block"]
+        names += ["norm_num_groups", "cross_attention_dim", "attention_head_dim"]
         made = cls(**{name: given.config[name] for name in names})
         kernel = given.conv_in.weight
         wide = torch.cat([kernel, kernel, torch.zeros_like(kernel[:, :1])], dim=1)

@@ -37,7 +37,7 @@ class ImageTextEncoder(Encoder):
     Networks are loaded when they are first needed. Raises UserError for folders that do not suit.
     """
 
-    parts = ("loaded_vae", "loaded_text_encoder")
+    parts: tuple[str, ...] = ("loaded_vae", "loaded_text_encoder")
 
     def __init__(
         self,
