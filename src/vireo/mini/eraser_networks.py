@@ -34,8 +34,8 @@ ADAPTER: dict[str, Any] = {
     "motion_max_seq_length": 32,
     "use_motion_mid_block": True,
 }
-OF_BRUSHNET = ("block_out_channels", "down_block_types", "up_block_types", "layers_per_block")
-OF_BRUSHNET += ("norm_num_groups", "cross_attention_dim", "attention_head_dim")
+OF_BRUSHNET = ["block_out_channels", "down_block_types", "up_block_types", "layers_per_block"]
+OF_BRUSHNET += ["norm_num_groups", "cross_attention_dim", "attention_head_dim"]
 SCHEDULER = {
     "_class_name": "PNDMScheduler",
     "num_train_timesteps": 1000,
