@@ -190,6 +190,18 @@ def is_frame(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
 
 
+def frame_files(folder: str | Path) -> list[Path]:
+    """The pictures directly in a folder in natural order, as `VideoReader` numbers them. Raises BadVideoError."""
+    folder = Path(folder)
+    try:
+        files = sorted((file for file in folder.iterdir() if is_frame(file.name)), key=_natural)
+    except OSError as error:
+        raise BadVideoError(folder, _first(error)) from error
+    if not files:
+        raise BadVideoError(folder, "a folder without pictures: expected .jpg or .png frames directly in it")
+    return files
+
+
 def write_video(path: str | Path, frames: Tensor, fps: float) -> None:
     """An H.264 file (yuv420p, plays everywhere) of uint8 RGB frames (T, C, H, W); its folder is made if need be.
 
@@ -532,12 +544,7 @@ def _starts_anew(key_frame: bytes, codec: Any) -> bool:
 
 class _FrameFolder:
     def __init__(self, path: Path, fps: float) -> None:
-        try:
-            self._files = sorted((file for file in path.iterdir() if is_frame(file.name)), key=_natural)
-        except OSError as error:
-            raise BadVideoError(path, _first(error)) from error
-        if not self._files:
-            raise BadVideoError(path, "a folder without pictures: expected .jpg or .png frames directly in it")
+        self._files = frame_files(path)
         self._path = path
         self.num_frames = len(self._files)
         self.fps = fps

@@ -76,7 +76,11 @@ PARTS: tuple[Callable[[Path], None], ...] = (write_clips, write_weights)
 
 # Modules that write a part as a program, given a folder of the world, while this process writes the others: they take
 # some seconds each, and what imports torch must not be imported here.
-PROGRAMS = {"vireo.mini.frame_edits": "data/frame_edits", "vireo.mini.networks": "weights"}
+PROGRAMS = {
+    "vireo.mini.frame_edits": "data/frame_edits",
+    "vireo.mini.masked_clips": "data",
+    "vireo.mini.networks": "weights",
+}
 
 
 def ensure(folder: str | os.PathLike | None = None) -> Path:
