@@ -29,11 +29,8 @@ def stages(chain: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, list
     return found
 
 
-def check(chain: Any) -> Iterator[Problem]:
+def check(chain: Mapping[str, Any]) -> Iterator[Problem]:
     """What is wrong with the node itself; its stages are judged as compositions."""
-    if not isinstance(chain, dict) or not chain:
-        yield Problem("chain", f"is {chain!r}; stages are expected, {{stage1: {{experiment: …}}, stage2: …}}")
-        return
     for name, own in chain.items():
         if not isinstance(own, dict) or not isinstance(own.get("experiment"), str):
             yield Problem(f"chain.{name}", f"is {own!r}; an experiment is expected, chain.{name}.experiment=<name>")

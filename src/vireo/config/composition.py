@@ -67,7 +67,7 @@ def problems(overrides: Sequence[str]) -> list[Problem]:
 def judge(cfg: DictConfig, words: Sequence[str]) -> list[Problem]:
     """Everything that is wrong with a composed config and, of a chain, with its stages; empty if nothing is."""
     of_all, chain = validate(cfg, words), unresolved(cfg)["chain"]
-    if chain is None:
+    if not chain:
         return of_all
     found = [*of_all, *chains.check(chain)]
     if len(found) > len(of_all):
