@@ -13,27 +13,35 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from vireo.config import identity, interpolation, places, schema, targets
-from vireo.config.composition import apply, compose
+from vireo.config.composition import apply, compose, judge
 from vireo.config.problems import Problem, report
 from vireo.config.validation import validate
 from vireo.errors import UserError
 
 
-def settings(overrides: Sequence[str]) -> dict[str, Any]:
-    """Composed, validated and resolved: what a run with these words is made of. Raises UserError with all mistakes."""
-    return settled(compose(overrides), overrides)
+def settings(overrides: Sequence[str], swept: Sequence[str] = (), init_from: str | None = None) -> dict[str, Any]:
+    """Composed, validated and resolved: what a run with these words is made of. Raises UserError with all mistakes.
+
+    swept, init_from: see `settled`.
+    """
+    return settled(compose(overrides), overrides, swept, init_from)
 
 
-def settled(cfg: DictConfig, overrides: Sequence[str] | None = None, swept: Sequence[str] = ()) -> dict[str, Any]:
+def settled(
+    cfg: DictConfig, overrides: Sequence[str] | None = None, swept: Sequence[str] = (), init_from: str | None = None
+) -> dict[str, Any]:
     """A composed config as the settings of a run: validated, resolved, with its run's name.
 
     overrides: the words it was composed from; None asks the running Hydra app. swept: keys that stand first in the
-    run's name. Raises UserError with all mistakes.
+    run's name. init_from: takes the place of the config's own. Raises UserError with all mistakes.
     """
     words = list(HydraConfig.get().overrides.task) if overrides is None else list(overrides)
-    problems = validate(cfg, words)
+    problems = judge(cfg, words)
     if problems:
         raise UserError(report(problems))
+    if init_from is not None:
+        cfg = cfg.copy()
+        cfg.init_from = init_from
     return identity.named(resolve(cfg), words, swept)
 
 

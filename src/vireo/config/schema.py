@@ -180,6 +180,7 @@ class Config:
     resume: str = knob("auto: go on from the newest checkpoint; none: afresh; or a checkpoint's folder", "auto")
     preempt_at: int | None = knob("stop after this step as a preempted job does, and start again", None, at_least=2)
     init_from: str | None = knob("a run, an export or a file to take the initial weights from", None)
+    chain: dict[str, Any] = some("experiments that run one after the other, each from the one before's export", dict)
     allow_changes: list[str] = some("keys that may differ from the run that is resumed")
     allow_targets: list[str] = some("further packages that a _target_ may name, e.g. [my_package]")
     notes: str = knob("free text, kept with the run", "")

@@ -63,13 +63,18 @@ def write_editor(folder: Path) -> None:
     for name, content in (("scheduler/scheduler_config.json", SCHEDULER), ("model_index.json", PIPELINE)):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    write_text_encoder(folder)
+    _save("diffusers", "UNet2DConditionModel", UNET, folder / "unet")
+
+
+def write_text_encoder(folder: Path) -> None:
+    """`tokenizer/` and the `text_encoder/` that fits it."""
     write_clip_tokenizer(folder / "tokenizer")
     vocabulary = json.loads((folder / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
     ends = {"bos_token_id": "<|startoftext|>", "eos_token_id": "<|endoftext|>", "pad_token_id": "<|endoftext|>"}
     tokens = {name: vocabulary[token] for name, token in ends.items()}
     text_encoder = {**TEXT_ENCODER, "vocab_size": len(vocabulary), **tokens}
     _save("transformers", "CLIPTextModel", text_encoder, folder / "text_encoder")
-    _save("diffusers", "UNet2DConditionModel", UNET, folder / "unet")
 
 
 def _save(package: str, name: str, config: dict[str, Any], folder: Path) -> None:
@@ -86,4 +91,7 @@ def _save(package: str, name: str, config: dict[str, Any], folder: Path) -> None
 
 
 if __name__ == "__main__":
+    from vireo.mini import eraser_networks
+
     write_editor(Path(sys.argv[1]) / EDITOR)
+    eraser_networks.write(Path(sys.argv[1]))

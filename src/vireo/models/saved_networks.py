@@ -7,10 +7,12 @@ asked for, the pipeline's folder does as well.
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
 
 from vireo.digests import file_digest
 from vireo.errors import UserError
@@ -99,6 +101,38 @@ def load(part: Part, kind: Any, dtype: torch.dtype) -> Any:
     if faults:
         raise UserError(f"{part.folder}: the weights do not fit {CONFIG}: {'; '.join(faults)}. Fetch both again.")
     return network.eval()
+
+
+def tensors(part: Part) -> dict[str, Tensor]:
+    """All weights by name, as they are stored."""
+    from safetensors.torch import load_file
+
+    state: dict[str, Tensor] = {}
+    for file in part.weights:
+        state |= load_file(file)
+    return state
+
+
+def load_strictly(network: nn.Module, state: Mapping[str, Tensor], source: str | Path, assign: bool = False) -> None:
+    """`load_state_dict`. Raises UserError with what is missing, unexpected, or of another shape."""
+    try:
+        network.load_state_dict(state, assign=assign)
+    except RuntimeError as error:
+        raise UserError(f"{source} does not fit this network: {error}") from None
+
+
+def save(network: Any, state: Mapping[str, Tensor], folder: Path) -> None:
+    """Write a diffusers network's config and the given weights into one folder, which is made."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    network.save_config(folder)
+    save_file({name: value.contiguous() for name, value in state.items()}, folder / WEIGHTS[0], {"format": "pt"})
+
+
+def below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The part of a state whose names begin so, without that beginning."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def digest(text: str, files: list[Path]) -> str:
