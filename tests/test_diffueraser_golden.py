@@ -7,12 +7,11 @@ import torch
 
 from tests.eraser_weights import DESCRIBED, REFERENCE, save
 from tests.golden.fill import noise
-from vireo.diffusion.guidance import TwoScaleGuidance
 from vireo.diffusion.noise_schedule import NoiseSchedule
 from vireo.losses.denoising import Denoising
 from vireo.models.diffueraser import DiffuEraser
 from vireo.models.unet_walk import walk
-from vireo.sampling.denoising_loop import denoise
+from vireo.sampling.inpainting import InpaintingSampler
 
 B, T = 2, 3
 INPUTS = ["masked_latents", "keep", "prompt_embeds"]
@@ -110,12 +109,23 @@ def test_loss_and_gradients(folders, batch, stage, checkpointing):
 @torch.no_grad()
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_sampling(folders, batch, stage):
-    schedule = NoiseSchedule().scheduler("UniPCMultistepScheduler", steps_offset=1)
-    # Stage 1 starts all frames from one noise.
+    """The sampler as the experiments have it; stage 1 starts all frames from one noise."""
     shape, name = ((1, 4, 16, 16), "start") if stage == "stage1" else ((T, 4, 16, 16), "start2")
-    start = video(noise(f"tiny.sample.{name}", *shape).expand(T, 4, 16, 16))
-    conditions = {name: batch[name][:1] for name in INPUTS}
-    steps = DESCRIBED["sampler"]["steps"]
-    found = denoise(network(folders, stage), schedule, start, TwoScaleGuidance(1.0, 1.0), conditions, steps, None)
-    assert schedule.timesteps.tolist() == REFERENCE["sample.timesteps"].tolist()
-    close(rows(found), f"sample.{stage}", 1e-5)
+
+    def start(purpose, *own):
+        assert (purpose, own) == ("sampling noise", (4, shape[0], 16, 16))
+        return noise(f"tiny.sample.{name}", *shape).transpose(0, 1)[None]
+
+    recorded = SimpleNamespace(normal=start, generators=lambda purpose: [])
+    sampler = InpaintingSampler(
+        NoiseSchedule(), INPUTS, DESCRIBED["sampler"]["steps"], "shared" if stage == "stage1" else "independent"
+    )
+    asked, made = [], network(folders, stage)
+
+    def remembering(noisy, timesteps, **conditions):
+        asked.append(int(timesteps[0]))
+        return made(noisy, timesteps, **conditions)
+
+    one = {name: batch[name][:1] for name in INPUTS}
+    close(rows(sampler.sample(remembering, one, recorded)), f"sample.{stage}", 1e-5)
+    assert asked == REFERENCE["sample.timesteps"].tolist()
