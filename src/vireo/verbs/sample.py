@@ -74,9 +74,9 @@ def _from_files(node: Mapping[str, Any], files: Mapping[str, str]) -> dict[str, 
         raise UserError(f"{name} makes no samples of {', '.join(files)}: leave it out, and held-out clips are shown")
     takes = inspect.signature(make).parameters
     unknown = files.keys() - takes.keys()
-    lacking = [key for key, one in takes.items() if one.default is one.empty and key not in {*node, *files}]
+    values = {key: value for key, value in node.items() if key in takes and key not in GIVEN} | dict(files)
+    lacking = [key for key, one in takes.items() if one.default is one.empty and key not in values]
     if unknown or lacking:
         problem = f"does not take {', '.join(sorted(unknown))}" if unknown else f"needs {', '.join(lacking)}"
         raise UserError(f"a sample by hand of {name} {problem}; it takes {', '.join(k for k in takes if k in GIVEN)}")
-    values = {key: value for key, value in node.items() if key in takes and key not in GIVEN}
-    return make(**values, **files)
+    return make(**values)
