@@ -13,7 +13,10 @@ SHORT = ["steps=4", "checkpoint.every=2", "validation.every=null", "validation.c
 SHORT += ["batch_size=2", "height=32", "width=32", "tracker=none", "loader.workers=0"]
 
 
-@pytest.mark.parametrize("experiment", config.experiments())
+ALONE = [name for name in config.experiments() if not config.settings([f"experiment={name}"])["chain"]]
+
+
+@pytest.mark.parametrize("experiment", ALONE)
 def test_it_trains_and_resumes_exactly(experiment, tmp_path):
     world.ensure()
     words = [f"experiment={experiment}", *SHORT]

@@ -28,8 +28,10 @@ def conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.fixture
 def full(tmp_path: Path) -> list[str]:
     """The words of size=full with folders in which everything that the shipped recipes read is there."""
-    for name in ("taehv", "CogVideoX-2b", "Wan2.1-T2V-1.3B-Diffusers", "instruct-pix2pix"):
+    weights = ["taehv", "CogVideoX-2b", "Wan2.1-T2V-1.3B-Diffusers", "instruct-pix2pix", "stable-diffusion-v1-5"]
+    for name in (*weights, "sd-vae-ft-mse", "diffuEraser", "animatediff-motion-adapter-v1-5-2"):
         (tmp_path / "weights" / name).mkdir(parents=True)
-    (tmp_path / "data").mkdir()
+    for name in ("DAVIS", "YouTubeVOS"):
+        (tmp_path / "data" / name).mkdir(parents=True)
     (tmp_path / "weights/taehv/taecvx.safetensors").touch()
     return ["size=full", "paths.data=data", "paths.weights=weights"]

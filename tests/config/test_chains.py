@@ -35,10 +35,10 @@ def test_words_mean_what_the_stage_says(tree):
 
 def test_own_keys_win_and_words_about_the_chain_stay_out():
     chain = {"a": {"experiment": "x"}, "b": {"experiment": "y", "lr": 1e-5, "loader": {"workers": 0}}}
-    words = ["experiment=both", "lr=1", "+loader.workers=3", "++chain.b.lr=1e-5", "steps=7"]
+    words = ["experiment=both", "run=mine", "lr=1", "+loader.workers=3", "++chain.b.lr=1e-5", "steps=7"]
     assert chains.stages(chain, words) == {
-        "a": ["lr=1", "+loader.workers=3", "steps=7", "experiment=x"],
-        "b": ["steps=7", "experiment=y", "++lr=1e-05", "++loader.workers=0"],
+        "a": ["run=mine-a", "lr=1", "+loader.workers=3", "steps=7", "experiment=x"],
+        "b": ["run=mine-b", "steps=7", "experiment=y", "++lr=1e-05", "++loader.workers=0"],
     }
 
 

@@ -28,9 +28,10 @@ RECIPES = {
     "taehv": ["experiment=taehv", *TINY],
     "taehv_seraena": ["experiment=taehv_seraena", *TINY],
     "ip2p_video": ["experiment=ip2p_video", "cache=off", "model.sampler.num_inference_steps=2"],
+    "diffueraser_stage2": ["experiment=diffueraser_stage2", "num_frames=3", "model.sampler.num_inference_steps=2"],
 }
 # The discriminator turns small differences into larger ones.
-TOLERANCE = {"taehv": 1e-5, "taehv_seraena": 1e-3, "ip2p_video": 1e-5}
+TOLERANCE = {"taehv": 1e-5, "taehv_seraena": 1e-3, "ip2p_video": 1e-5, "diffueraser_stage2": 1e-5}
 QUICK, FULL = ("taehv", "ip2p_video"), tuple(RECIPES)
 full = pytest.mark.full
 STRATEGIES = [

@@ -25,7 +25,9 @@ def stages(chain: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, list
     for name, own in chain.items():
         words = list(_words(own))
         said = {key(word) for word in words}
-        found[name] = [*(word for word in common if key(word) not in said), *words]
+        # Stages may share an experiment, so a name that is given to the chain becomes that of each stage.
+        given = [f"{word}-{name}" if key(word) == "run" else word for word in common if key(word) not in said]
+        found[name] = [*given, *words]
     return found
 
 

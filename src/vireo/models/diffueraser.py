@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 from diffusers import MotionAdapter, UNet2DConditionModel, UNetMotionModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from vireo.errors import UserError
 from vireo.models import saved_networks
@@ -113,6 +113,9 @@ class DiffuEraser(Network):
         )
         prediction = self.unet.conv_out(self.unet.conv_act(self.unet.conv_norm_out(x)))
         return prediction.unflatten(0, (-1, num_frames)).transpose(1, 2)
+
+    def called_in_parts(self) -> list[nn.Module]:
+        return [block for net in (self.unet, self.brushnet) for block in (*net.down_blocks, *net.up_blocks)]
 
     def export(self, folder: Path, state: Mapping[str, Tensor]) -> list[Path]:
         """`finetuned-stage1/{unet_main,brushnet}`, or, with motion modules, `finetuned-stage2/…` and `motion_adapter`.
