@@ -293,6 +293,17 @@ def test_masks_of_another_size_or_length_are_bad(roots):
         clips(roots, "validation", num_frames=4).sample(0, Draws(0, [0]))["hole"].load()
 
 
+def test_whole_videos_are_as_long_and_large_as_they_are(roots):
+    data = clips(roots, "validation", num_frames=3, validation_size="crop")
+    whole = data.whole(0)
+    assert whole["frames"].shape == whole["masked_frames"].shape == (7, 3, 24, 40) and whole["name"] == "davis/dog"
+    first = data.whole(0, 4)
+    assert torch.equal(first["hole"], whole["hole"][:4]) and whole["hole"].any()
+    native = load(clips(roots, "validation", num_frames=3).sample(0, Draws(0, [0])))
+    for name in ("frames", "masked_frames", "hole"):
+        assert torch.equal(native[name], whole[name][:3]), "validation sees its beginning"
+
+
 def test_whole_files_become_a_sample(tmp_path):
     frames = (torch.arange(12)[:, None, None, None] * 20).to(torch.uint8).expand(-1, 3, 40, 68)
     write_video(tmp_path / "clip.mp4", frames, 10)

@@ -159,7 +159,7 @@ def test_videos_without_truth_are_shown_and_not_measured(batch):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"num_inference_steps": 0}, {"noise": "both"}, {"prior_strength": 0.0}, {"overlap": 22}, {"overlap": -1}]
+    "wrong", [{"num_inference_steps": 0}, {"noise": "both"}, {"prior_strength": 0.0}, {"window": 0}, {"overlap": -1}]
 )
 def test_settings_without_sense_are_refused(wrong):
     with pytest.raises(UserError):

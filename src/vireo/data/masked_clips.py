@@ -148,6 +148,25 @@ class MaskedClips:
             **({"fps": info.fps} if self.split == "validation" else {}),
         }
 
+    def whole(self, index: int, num_frames: int | None = None) -> dict[str, Any]:
+        """A whole video with its hole, or its first `num_frames` frames, decoded, as large as it is.
+
+        A sample as that of a validation clip, but for length and size: both sides are cut to multiples of 8.
+        """
+        name = self.order[index]
+        info = self.infos[name]
+        numbers = list(range(min(info.num_frames, num_frames or info.num_frames)))
+        frames, hole = self._read(name, numbers), self._hole(name, numbers, Draws(("validation", name), [0]))
+        fit = _native(info)
+        return {
+            "frames": fit.pictures(frames),
+            "masked_frames": fit.pictures(_blackened(frames, hole)),
+            "hole": fit.hole(hole, "nearest-exact"),
+            "prompt": self.prompt,
+            "name": name,
+            "fps": info.fps,
+        }
+
     def sources(self, index: int) -> dict[str, list[Source | str]]:
         """The text, and every frame that a clip of this video can have."""
         name = self.order[index]
@@ -200,8 +219,7 @@ class MaskedClips:
             found, wanted = ("x".join(map(str, reversed(size))) for size in (hole.shape[1:], frames.shape[2:]))
             raise UserError(f"mask={mask} is {found} pixels, the video {wanted}: they have to be the same")
         scale = min(1.0, int(max_side) / max(frames.shape[2:]))
-        size = tuple(int(side * scale) for side in frames.shape[2:])
-        fit = _Fit(size, tuple(side // MULTIPLE * MULTIPLE for side in size))
+        fit = _whole_picture([int(side * scale) for side in frames.shape[2:]])
         sample = {
             "frames": fit.pictures(frames),
             "masked_frames": fit.pictures(_blackened(frames, hole)),
@@ -286,14 +304,13 @@ class MaskedClips:
 
     def _size(self, info: VideoInfo) -> "_Fit":
         """How this split's pictures are made of a video's."""
-        own = (info.height, info.width)
         if self.split == "validation" and self.validation_size == "native":
-            return _Fit(own, (own[0] // MULTIPLE * MULTIPLE, own[1] // MULTIPLE * MULTIPLE))
+            return _native(info)
+        own = (info.height, info.width)
         if self.crop == "center":
             return _Fit(covering_size(own, (self.height, self.width)), (self.height, self.width))
         side = min(self.height, self.width)
-        size = covering_size(own, (side, side))
-        return _Fit(size, (size[0] // MULTIPLE * MULTIPLE, size[1] // MULTIPLE * MULTIPLE))
+        return _whole_picture(covering_size(own, (side, side)))
 
     def _read(self, name: str, numbers: Sequence[int]) -> Tensor:
         """uint8 RGB (T, 3, H, W) at the video's own size."""
@@ -384,6 +401,15 @@ class _Fit(NamedTuple):
             soft = resize(255 * hole[:, None], *self.size)
             return crop_centre((soft >= 128).to(torch.uint8), *self.crop).contiguous()
         return crop_centre(interpolate(hole[:, None], self.size, mode=mode), *self.crop).contiguous()
+
+
+def _native(info: VideoInfo) -> _Fit:
+    return _whole_picture((info.height, info.width))
+
+
+def _whole_picture(size: Sequence[int]) -> _Fit:
+    """Resized and then only cut to multiples of 8."""
+    return _Fit(tuple(size), tuple(side // MULTIPLE * MULTIPLE for side in size))
 
 
 class _Clip:

@@ -26,7 +26,8 @@ class InpaintingSampler(Sampler):
     noise_schedule: what the network was trained with. inputs: names of the network's conditions in the batch.
     num_inference_steps, scheduler, scheduler_settings: one of diffusers' classes and further arguments of it.
     noise: "shared", one for all frames, for a network that sees each frame alone; or "independent".
-    window, overlap: frames that the network sees at once; longer clips are made of windows, see `windows.Windows`.
+    window, overlap: frames that the network sees at once; longer clips are made of windows, see `windows.Windows`. They
+        overlap by at most half a window.
     prior_strength: share of the steps that are made where the batch has "prior_frames", a video whose hole is filled
         already: it is noised to where these steps begin. 1 begins at the first step, where hardly anything of it is
         left.
@@ -60,8 +61,8 @@ class InpaintingSampler(Sampler):
         self.noise_schedule, self.inputs = noise_schedule, list(inputs)
         self.num_inference_steps, self.noise = num_inference_steps, noise
         self.scheduler, self.scheduler_settings = scheduler, dict(scheduler_settings or {})
-        self.window, self.overlap, self.prior_strength = window, overlap, prior_strength
-        Windows(lambda noisy, timesteps: noisy, window, overlap)  # to be told now
+        self.window, self.overlap, self.prior_strength = window, min(overlap, window // 2), prior_strength
+        Windows(lambda noisy, timesteps: noisy, self.window, self.overlap)  # to be told now
 
     @torch.no_grad()
     def __call__(self, network: nn.Module, encoder: Any, batch: dict, draws: Draws) -> dict[str, Tensor]:
