@@ -84,6 +84,7 @@ def test_a_sweep_over_a_stages_key_shares_the_stage_before(vireo, tmp_path):  # 
     assert "chain.two.lr=0.001" in said and "chain.two.lr=0.0001" in said
 
 
+@pytest.mark.full
 def test_starting_afresh_leaves_the_earlier_runs(vireo, tmp_path):  # noqa: F811
     assert vireo("train", *CHAIN, "run=both")[0] == 0
     first = stages(tmp_path)
@@ -101,6 +102,7 @@ def test_what_a_chain_cannot_do(monkeypatch, tmp_path):
         chains.run(settings, CHAIN, [], lambda *_: None)
 
 
+@pytest.mark.full
 def test_from_a_program(tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "start", lambda resolved, launcher, held: abs(runs.work(resolved.parent)))
     done = launch.train(*CHAIN, f"paths.outputs={tmp_path}")

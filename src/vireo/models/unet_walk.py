@@ -46,15 +46,16 @@ def walk(
             features.append(x)
         return x if residuals is None else x + next(left)
 
-    def run(compute: Callable[..., Tensor], *given: Any) -> Tensor:
+    def run(compute: Callable[..., Tensor], *given: Any, **named: Any) -> Tensor:
         if gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(compute, *given, use_reentrant=False)
-        return compute(*given)
+            return checkpoint(compute, *given, use_reentrant=False, **named)
+        return compute(*given, **named)
 
     def layer(block: nn.Module, number: int, x: Tensor) -> Tensor:
         """A spatial layer, what is added after it, and its motion module."""
         x = site(run(_spatial, block, number, x, embedding, context))
-        return run(_temporal, block, number, x, num_frames)
+        motion_modules = _modules(block, "motion_modules")
+        return run(motion_modules[number], x, num_frames=num_frames) if motion_modules else x
 
     skips = [x]  # the bare first convolution, without what is added to it
     x = site(x)
@@ -65,11 +66,11 @@ def walk(
         if block.downsamplers:
             x = site(block.downsamplers[0](x))
             skips.append(x)
-    x = run(_middle, unet.mid_block, x, embedding, context)
-    x = site(x)
-    if _modules(unet.mid_block, "motion_modules"):
-        x = run(_temporal, unet.mid_block, 0, x, num_frames)
-        x = run(unet.mid_block.resnets[-1], x, embedding)  # a second time: the released weights were trained so
+    middle = unet.mid_block
+    x = site(run(_middle, middle, x, embedding, context))
+    if _modules(middle, "motion_modules"):
+        x = run(middle.motion_modules[0], x, num_frames=num_frames)
+        x = run(middle.resnets[1], x, embedding)  # a second time: the released weights were trained so
     for block in unet.up_blocks:
         for number in range(len(block.resnets)):
             x = layer(block, number, torch.cat([x, skips.pop()], dim=1))
@@ -88,11 +89,6 @@ def _spatial(block: Any, number: int, x: Tensor, embedding: Tensor, context: Ten
     if _modules(block, "attentions"):
         x = block.attentions[number](x, context, return_dict=False)[0]
     return x
-
-
-def _temporal(block: Any, number: int, x: Tensor, num_frames: int) -> Tensor:
-    motion_modules = _modules(block, "motion_modules")
-    return motion_modules[number](x, num_frames=num_frames) if motion_modules else x
 
 
 def _middle(block: Any, x: Tensor, embedding: Tensor, context: Tensor) -> Tensor:
