@@ -21,6 +21,7 @@ from vireo.sampling.distribution_metrics import (
     inception_score,
 )
 from vireo.sampling.edits import EditSampler
+from vireo.sampling.evaluation import Evaluated
 
 CPU = torch.device("cpu")
 
@@ -28,7 +29,10 @@ CPU = torch.device("cpu")
 def evaluate(evaluation, clips=4):
     sampler = EditSampler(NoiseSchedule(), ["condition_latents", "prompt_embeds"], 2)
     stream = Stream(Drifts(clips), "validation", shuffle=False)
-    return {row["column"]: row for row in evaluation(Editor(), Halving(), sampler, stream, range(clips), CPU, None)}
+    return {
+        row["column"]: row
+        for row in evaluation(Evaluated(Editor(), Halving(), sampler, stream, range(clips), CPU, None))
+    }
 
 
 class Colours(nn.Module):

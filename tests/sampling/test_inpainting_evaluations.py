@@ -9,6 +9,7 @@ from vireo.data.stream import Stream
 from vireo.errors import UserError
 from vireo.mini import masked_clips
 from vireo.sampling.columns import Remembered
+from vireo.sampling.evaluation import Evaluated
 from vireo.sampling.inpainting_evaluations import InpaintedSequences, SampleMean
 from vireo.sampling.reconstruction import Reconstruction
 
@@ -35,7 +36,7 @@ def stream(tmp_path_factory):
 def test_whole_sequences_are_filled_by_windows(stream, tmp_path):
     network, filler = Oracle(), sampler(num_inference_steps=2, window=10, overlap=2)
     evaluation = InpaintedSequences()
-    rows = evaluation(network, Encoding(), Remembered(filler, tmp_path), stream, [0, 1], CPU, tmp_path)
+    rows = evaluation(Evaluated(network, Encoding(), Remembered(filler, tmp_path), stream, [0, 1], CPU, tmp_path))
     assert {noisy.shape[2] for noisy, _ in network.calls} == {10}, "26 frames are three windows"
     by_column = {row["column"]: row for row in rows}
     assert set(by_column) == {"prediction", "target", "vae", "composite", "ring mean", "harmonic"}
@@ -44,7 +45,9 @@ def test_whole_sequences_are_filled_by_windows(stream, tmp_path):
     assert by_column["harmonic"]["hole_psnr"] > by_column["prediction"]["hole_psnr"], "this one leaves the hole black"
     assert by_column["vae"]["ssim_65"] > by_column["prediction"]["ssim_65"]
     (row,) = {len(row) for row in rows}
-    short = InpaintedSequences(clips=1, max_frames=5)(network, Encoding(), filler, stream, [0, 1], CPU, tmp_path)
+    short = InpaintedSequences(clips=1, max_frames=5)(
+        Evaluated(network, Encoding(), filler, stream, [0, 1], CPU, tmp_path)
+    )
     assert {(row["sequences"], row["frames"]) for row in short} == {(1, 5)} and {len(row) for row in short} == {row}
 
 
@@ -58,7 +61,7 @@ def test_the_mean_of_samples_errs_less_than_a_sample(stream, tmp_path):
             return super().__call__(noisy, timesteps, **conditions)
 
     filler = sampler(num_inference_steps=2, noise="independent")
-    rows = SampleMean(samples=8)(Guessing(), Encoding(), filler, stream, [0, 1], CPU, tmp_path)
+    rows = SampleMean(samples=8)(Evaluated(Guessing(), Encoding(), filler, stream, [0, 1], CPU, tmp_path))
     by_line = {row["line"]: row for row in rows}
     assert {"prediction", "mean of 8", "vae", "ring mean", "harmonic"} <= set(by_line)
     assert by_line["mean of 8"]["background_psnr"] > by_line["prediction"]["background_psnr"] + 1
@@ -68,7 +71,7 @@ def test_the_mean_of_samples_errs_less_than_a_sample(stream, tmp_path):
 @pytest.mark.parametrize("evaluation", [InpaintedSequences(), SampleMean()])
 def test_another_sampler_is_refused(evaluation, stream, tmp_path):
     with pytest.raises(UserError, match="got Reconstruction"):
-        evaluation(Oracle(), Encoding(), Reconstruction(), stream, [0], CPU, tmp_path)
+        evaluation(Evaluated(Oracle(), Encoding(), Reconstruction(), stream, [0], CPU, tmp_path))
 
 
 def test_a_mean_needs_two():

@@ -31,6 +31,7 @@ from vireo.config.places import COMMAND_LINE
 from vireo.config.problems import Problem, did_you_mean, nearest_key, report
 from vireo.config.schema import Config
 from vireo.config.search import NAME, register, searching
+from vireo.config.sizes import FOLDERS
 from vireo.config.validation import validate
 from vireo.errors import UserError
 
@@ -64,9 +65,12 @@ def problems(overrides: Sequence[str]) -> list[Problem]:
         return judge(cfg, words)
 
 
-def judge(cfg: DictConfig, words: Sequence[str]) -> list[Problem]:
-    """Everything that is wrong with a composed config and, of a chain, with its stages; empty if nothing is."""
-    of_all, chain = validate(cfg, words), unresolved(cfg)["chain"]
+def judge(cfg: DictConfig, words: Sequence[str], folders: Sequence[str] = FOLDERS) -> list[Problem]:
+    """Everything that is wrong with a composed config and, of a chain, with its stages; empty if nothing is.
+
+    folders: of `paths`, whose files have to be there.
+    """
+    of_all, chain = validate(cfg, words, folders), unresolved(cfg)["chain"]
     if not chain:
         return of_all
     found = [*of_all, *chains.check(chain)]

@@ -57,8 +57,7 @@ def find_config(path: str | Path, name: str, key: str) -> tuple[Path, dict[str, 
     if not (folder / CONFIG).is_file():
         raise UserError(
             f"{key}={path} has no {name}: there is neither {outer / name / CONFIG} nor {outer / CONFIG}. Set {key} to "
-            "a folder as diffusers saves it. Nothing is fetched while training; `huggingface-cli download <name> "
-            "--local-dir <folder>` gives one."
+            "a folder as diffusers saves it; `huggingface-cli download <name> --local-dir <folder>` gives one."
         )
     return folder, json.loads((folder / CONFIG).read_text(encoding="utf-8"))
 
@@ -85,10 +84,12 @@ def find(path: str | Path, name: str, key: str) -> Part:
 
 def load(part: Part, kind: Any, dtype: torch.dtype) -> Any:
     """The network of class `kind` on the CPU, in evaluation mode. Raises UserError for weights that do not fit it."""
-    import transformers
     from safetensors import SafetensorError
 
-    transformers.utils.logging.disable_progress_bar()  # of tensors, in milliseconds: it only spoils logs
+    if kind.__module__.startswith("transformers"):
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # of tensors, in milliseconds: it only spoils logs
     try:
         network, report = kind.from_pretrained(
             part.folder, torch_dtype=dtype, use_safetensors=True, output_loading_info=True

@@ -2,17 +2,17 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vireo.errors import UserError
 from vireo.metrics import box_ssim, decibels, frame_mse
 from vireo.pixels import as_8_bit
 from vireo.randomness import Draws
 from vireo.sampling.columns import Remembered
+from vireo.sampling.evaluation import Evaluated
 from vireo.sampling.inpainting import InpaintingSampler
 
 
@@ -38,29 +38,20 @@ class InpaintedSequences:
         self.clips, self.max_frames = clips, max_frames
 
     @torch.no_grad()
-    def __call__(
-        self,
-        network: nn.Module,
-        encoder: Any,
-        sampler: Any,
-        stream: Any,
-        indices: Sequence[int],
-        device: torch.device,
-        folder: Path,
-    ) -> Sequence[Mapping[str, Any]]:
-        """See `vireo.validation.Evaluation`. Raises UserError for another sampler or data without whole videos."""
-        filler, dataset = _filler(sampler), stream.dataset
+    def __call__(self, given: Evaluated) -> Sequence[Mapping[str, Any]]:
+        """See `vireo.sampling.evaluation.Evaluation`. Raises UserError for other samplers and data."""
+        filler, dataset = _filler(given.sampler), given.stream.dataset
         if not isinstance(dataset, WholeSequences):
             raise UserError(f"{type(dataset).__name__} has no whole videos: remove this from model.evaluations")
         frames: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
         videos: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-        for index in list(indices)[: self.clips]:
-            sample = dataset.whole(stream.index(index), self.max_frames)
-            batch = {n: v[None].to(device) if isinstance(v, Tensor) else [v] for n, v in sample.items()}
-            draws = Draws(stream.seed, [index], device)
-            batch = encoder(batch, draws)
-            columns = {**filler(network, encoder, batch, draws), **filler.baselines(batch)}
-            for name, value in filler.measure(network, encoder, batch, columns).items():
+        for index in list(given.indices)[: self.clips]:
+            sample = dataset.whole(given.stream.index(index), self.max_frames)
+            batch = {n: v[None].to(given.device) if isinstance(v, Tensor) else [v] for n, v in sample.items()}
+            draws = Draws(given.stream.seed, [index], given.device)
+            batch = given.encoder(batch, draws)
+            columns = {**filler(given.network, given.encoder, batch, draws), **filler.baselines(batch)}
+            for name, value in filler.measure(given.network, given.encoder, batch, columns).items():
                 column, _, measure = name.rpartition("/")
                 videos[column or "prediction"][measure].append(float(value[0]))
             for name in columns.keys() - {"target", *filler.unscored}:
@@ -93,27 +84,20 @@ class SampleMean:
         self.samples, self.clips = samples, clips
 
     @torch.no_grad()
-    def __call__(
-        self,
-        network: nn.Module,
-        encoder: Any,
-        sampler: Any,
-        stream: Any,
-        indices: Sequence[int],
-        device: torch.device,
-        folder: Path,
-    ) -> Sequence[Mapping[str, Any]]:
-        """See `vireo.validation.Evaluation`. Raises UserError for another sampler."""
-        filler = _filler(sampler)
+    def __call__(self, given: Evaluated) -> Sequence[Mapping[str, Any]]:
+        """See `vireo.sampling.evaluation.Evaluation`. Raises UserError for another sampler."""
+        filler = _filler(given.sampler)
         found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-        for index in list(indices)[: self.clips]:
-            batch = stream.batch([index], device)
-            draws = Draws(stream.seed, batch["position"], device)
-            batch = encoder(batch, draws)
-            columns = {**filler(network, encoder, batch, draws), **filler.baselines(batch)}
-            others = [filler.predict(network, encoder, batch, draws, number) for number in range(1, self.samples)]
+        for index in list(given.indices)[: self.clips]:
+            batch = given.stream.batch([index], given.device)
+            draws = Draws(given.stream.seed, batch["position"], given.device)
+            batch = given.encoder(batch, draws)
+            columns = {**filler(given.network, given.encoder, batch, draws), **filler.baselines(batch)}
+            others = [
+                filler.predict(given.network, given.encoder, batch, draws, number) for number in range(1, self.samples)
+            ]
             columns[f"mean of {self.samples}"] = torch.stack([columns["prediction"], *others]).mean(dim=0)
-            for name, value in filler.measure(network, encoder, batch, columns).items():
+            for name, value in filler.measure(given.network, given.encoder, batch, columns).items():
                 line, _, measure = name.rpartition("/")
                 if measure in ("hole_psnr", "background_psnr"):
                     found[line or "prediction"][measure].append(float(value[0]))
