@@ -53,8 +53,8 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
             raise UserError(report(diagnose(words, error))) from None
 
 
-def problems(overrides: Sequence[str]) -> list[Problem]:
-    """Everything that is wrong with the config of these words; empty if nothing is."""
+def problems(overrides: Sequence[str], folders: Sequence[str] = FOLDERS) -> list[Problem]:
+    """Everything that is wrong with the config of these words; empty if nothing is. folders: see `judge`."""
     register()
     with searching():
         words = [_in_hydras_spelling(word) for word in overrides]
@@ -62,7 +62,7 @@ def problems(overrides: Sequence[str]) -> list[Problem]:
             cfg = hydra.compose(NAME, words)
         except COMPOSE_ERRORS as error:
             return diagnose(words, error)
-        return judge(cfg, words)
+        return judge(cfg, words, folders)
 
 
 def judge(cfg: DictConfig, words: Sequence[str], folders: Sequence[str] = FOLDERS) -> list[Problem]:
@@ -77,7 +77,7 @@ def judge(cfg: DictConfig, words: Sequence[str], folders: Sequence[str] = FOLDER
     if len(found) > len(of_all):
         return found
     for name, own in chains.stages(chain, words).items():
-        mistakes = [problem for problem in problems(own) if problem not in of_all]
+        mistakes = [problem for problem in problems(own, folders) if problem not in of_all]
         found += [replace(problem, key=f"chain.{name}: {problem.key}") for problem in mistakes]
     return found
 
