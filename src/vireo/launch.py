@@ -19,7 +19,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from vireo import checkpoint, config, devices, faults, processes, ranks, run_folder, submitted, sweeps
+from vireo import chains, checkpoint, config, devices, faults, processes, ranks, run_folder, submitted, sweeps
 from vireo.errors import UserError
 from vireo.side_by_side import Pending, SideBySide
 
@@ -115,7 +115,7 @@ def train(*overrides: str) -> Job:
     settings = config.settings(overrides)
     if settings["launcher"]["where"] != "local":
         raise UserError(f"launcher={settings['launcher']['where']} is for the command line: python train.py …")
-    return run(settings, overrides)
+    return _run_or_chain(settings, overrides)
 
 
 def job(composed: DictConfig, words: Sequence[str] = ()) -> Job:
@@ -133,7 +133,7 @@ def job(composed: DictConfig, words: Sequence[str] = ()) -> Job:
         if folder is not None:
             judged = {key: settings["validation"][key] for key in ("metric", "higher_is_better")}
             sweeps.note(folder, run=str(config.run_folder(settings)), **judged)
-        done = run(settings, overrides)
+        done = _run_or_chain(settings, overrides, swept)
     except UserError as mistake:
         print(mistake, file=sys.stderr)
         done = Job(overrides, None, faults.EXIT_MISTAKE, message=str(mistake))
@@ -141,6 +141,13 @@ def job(composed: DictConfig, words: Sequence[str] = ()) -> Job:
         place = {"run": str(done.folder)} if done.folder else {}
         sweeps.note(folder, exit_code=done.exit_code, message=done.message, best=done.best, **place)
     return done
+
+
+def _run_or_chain(settings: dict[str, Any], overrides: Sequence[str], swept: Sequence[str] = ()) -> Job:
+    if not settings["chain"]:
+        return run(settings, overrides)
+    last: Job = chains.run(settings, overrides, swept, run)
+    return last._replace(overrides=list(overrides))
 
 
 def run(settings: dict[str, Any], overrides: Sequence[str]) -> Job:

@@ -82,7 +82,8 @@ def curves(sweep: Path) -> Path | None:
     runs = {}
     for place in order:
         one, row = list(found.values())[place], table[place]
-        figures = read_metrics(Path(one["run"]) / "metrics.jsonl") if one.get("run") else []
+        folder = run_folder.newest_stage(Path(one["run"])) if one.get("run") else None
+        figures = read_metrics(folder / "metrics.jsonl") if folder else []
         if figures:
             runs[_named(row)] = figures
     metrics = [f"validation/{one['metric']}" for one in found.values() if one.get("metric")]
@@ -103,7 +104,8 @@ def _titles(found: Mapping[int, Mapping[str, Any]]) -> list[str]:
 
 def _row(number: int, one: Mapping[str, Any], words: str) -> dict[str, Any]:
     folder, metric = one.get("run"), one.get("metric") or "psnr"
-    about = report.state_of(Path(folder), metric, one.get("higher_is_better", True)) if folder else {}
+    run = run_folder.newest_stage(Path(folder)) if folder else None
+    about = report.state_of(run, metric, one.get("higher_is_better", True)) if run else {}
     code = one.get("exit_code")
     ended = ENDED.get(code, f"failed ({code})") if code is not None else about.get("state", "beginning")
     return {

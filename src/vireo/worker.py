@@ -73,7 +73,9 @@ class Run:
         self.optimizer = objects.optimizer(settings)(groups, lr=settings["lr"])
         self.learns = parameter_table(self.network)
         self.found = self._find_checkpoint()
+        self.frozen = weights.frozen_digest(self.network)
         if self.found is not None:  # weights are loaded before they are spread over the processes
+            weights.check_frozen(self.found, self.frozen)
             weights.load_trained(self.network, self.found.tensors("network"), self.found.folder)
         self.sizes = self._sizes()
         self.wrapped = self.strategy.prepare(self.network, self.optimizer)
@@ -339,6 +341,7 @@ class Run:
                 device=self.device,
                 folder=folder,
                 fps=settings["fps"],
+                gif=settings["gif"],
             )
         self.policy.train_mode(self.network)
         if distributed.is_main():
@@ -364,6 +367,7 @@ class Run:
                 "world_size": distributed.world_size(),
                 "strategy": self.strategy.state(),
                 "best": self.best,
+                "frozen": self.frozen,
                 "tracker_id": self.tracker_id,
             }
             self.saving = (progress.step, self.writer.submit(self._write, progress.step, copies, about))

@@ -111,6 +111,20 @@ def test_units_are_the_outermost_large_members_of_lists():
     assert units(network, 1) == [block, network["blocks"][1]]
 
 
+def test_units_of_blocks_that_are_called_in_parts():
+    class InParts(ToyNetwork):
+        def __init__(self):
+            super().__init__()
+            block = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(10, 10), nn.Linear(2, 2)])})
+            self.blocks = nn.ModuleList([block, nn.Linear(10, 10)])
+
+        def called_in_parts(self):
+            return [self.blocks[0]]
+
+    network = InParts()
+    assert units(network, 100) == [network.blocks[1], network.blocks[0]["layers"][0]]
+
+
 def test_an_optimizer_that_needs_whole_matrices_is_refused():
     network = ToyNetwork()
     with pytest.raises(UserError, match="Muon is not known .* use optimizer=adamw, or strategy=ddp"):

@@ -110,7 +110,9 @@ def _facts(resolved: dict[str, Any]) -> dict[str, Any]:
     """Flat values by dotted key, only what shapes the result; folders inside values by their name in `paths`."""
     paths = resolved["paths"]
     facts = {key: value for key, value in _flat(resolved) if not _within(key, NOT_PART_OF_A_RUN)}
-    for folder in ("data", "weights"):
+    if not resolved["chain"]:
+        del facts["chain"]
+    for folder in ("data", "weights", "outputs"):  # the last holds what a chain's stage starts from
         root = paths.get(folder)
         for key, value in facts.items():
             if root and isinstance(value, str) and key != f"paths.{folder}":

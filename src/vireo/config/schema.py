@@ -72,6 +72,7 @@ class Validation:
     metric: str = knob("the figure that says which checkpoint is best", "psnr")
     higher_is_better: bool = knob("whether a greater value of that figure is the better one", True)
     fps: float | None = knob("frames per second of the videos written for people; null: the clips' own", None, above=0)
+    gif: bool = knob("whether these videos are also written as GIFs", False)
 
 
 @dataclass
@@ -181,6 +182,7 @@ class Config:
     resume: str = knob("auto: go on from the newest checkpoint; none: afresh; or a checkpoint's folder", "auto")
     preempt_at: int | None = knob("stop after this step as a preempted job does, and start again", None, at_least=2)
     init_from: str | None = knob("a run, an export or a file to take the initial weights from", None)
+    chain: dict[str, Any] = some("experiments that run one after the other, each from the one before's export", dict)
     allow_changes: list[str] = some("keys that may differ from the run that is resumed")
     allow_targets: list[str] = some("further packages that a _target_ may name, e.g. [my_package]")
     notes: str = knob("free text, kept with the run", "")

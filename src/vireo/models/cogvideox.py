@@ -94,10 +94,10 @@ class CogVideoX(Network):
             return self.adapter.save(self, folder, state)
         whole = state if self.adapter is None else self.adapter.merged(self, state)
         target = folder / "transformer"
-        target.mkdir(parents=True, exist_ok=True)
-        self.transformer.save_config(target)
         prefix = "transformer."
-        saved_networks.save(target, {n.removeprefix(prefix): v.to(self.dtype) for n, v in whole.items()})
+        saved_networks.save(
+            self.transformer, {n.removeprefix(prefix): v.to(self.dtype) for n, v in whole.items()}, target
+        )
         return [target]
 
     def load(self, path: Path) -> None:

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from vireo import distributed, optimizers
 from vireo.errors import UserError
+from vireo.models.network import Network
 from vireo.strategies.strategy import (
     Strategy,
     asked_processes,
@@ -169,13 +170,18 @@ class FullySharded(Strategy):
 
 
 def units(network: nn.Module, at_least: int) -> list[nn.Module]:
-    """The members of lists of modules that have at least so many parameters, none inside another one."""
+    """The members of lists of modules that have at least so many parameters, none inside another one.
+
+    Of members that the network calls in parts, these parts.
+    """
+    in_parts = network.called_in_parts() if isinstance(network, Network) else ()
     found: list[nn.Module] = []
     inside: set[nn.Module] = set()
     for module in network.modules():
         if isinstance(module, nn.ModuleList | nn.Sequential) and module not in inside:
             for member in module:
-                if sum(p.numel() for p in member.parameters()) >= at_least and member not in inside:
+                large = sum(p.numel() for p in member.parameters()) >= at_least
+                if large and member not in inside and member not in in_parts:
                     found.append(member)
                     inside.update(member.modules())
     return found
