@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from vireo.data.masked_clips import MaskedClips
+from vireo.data.source import ChangedError
 from vireo.data.stream import Stream, collate
 from vireo.errors import UserError
 from vireo.randomness import Draws
@@ -141,6 +142,18 @@ def test_windows_share_their_frames_identities(roots):
             assert torch.equal(source.load(), by_identity[source.identity].load())
     other = clips(roots, crop="none").sources(index)["frames"]
     assert not {source.identity for source in other} & by_identity.keys(), "another size is another picture"
+
+
+def test_a_frame_that_changes_is_not_taken_for_what_it_was(roots):
+    data = clips(roots)
+    index = data.order.index("ytvos/0a")
+    sample, known = data.sample(index, Draws(0, [0])), data.sources(index)["frames"]
+    for file in (roots["ytvos"] / "JPEGImages/0a").iterdir():
+        Image.new("RGB", (40, 24), "red").save(file)
+    for source in (sample["frames"][2], known[5]):
+        with pytest.raises(ChangedError):
+            source.load()
+    assert data.sources(index)["frames"][5].load()[0].min() == 255, "asked again, it is another picture"
 
 
 @samples

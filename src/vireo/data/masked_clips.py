@@ -15,7 +15,7 @@ from vireo.data.held_out import held_out_names
 from vireo.data.listing import Entry, list_folder, shortened
 from vireo.data.masks import MovingShapes, dilate, read_hole
 from vireo.data.scan import scan
-from vireo.data.source import Source, identify
+from vireo.data.source import Source, check_content, identify
 from vireo.data.transforms import covering_size, crop_centre, resize
 from vireo.data.vos_layouts import davis, davis_annotation, youtube_vos
 from vireo.digests import file_digests
@@ -109,7 +109,7 @@ class MaskedClips:
         times = self.repeat if split == "train" else dict.fromkeys(SOURCES, 1)
         self.order = [name for name in wanted for _ in range(times[_source(name)])]
         self.holes = {name: hole for name, entry in wanted.items() if (hole := self._hole_file(entry)) is not None}
-        self._digests: dict[str, list[str]] = {}
+        self._digests: dict[str, dict[Path, str]] = {}  # by video and file, in order
 
     def __len__(self) -> int:
         """Number of clips in an epoch: videos, repeated."""
@@ -138,7 +138,7 @@ class MaskedClips:
         identities = self._identities(name, numbers)
         return {
             "frames": [
-                Source(identity, partial(clip.frame, place), f"{name}/{number}")
+                Source(identity, partial(self._frame, name, number, identity, clip, place), f"{name}/{number}")
                 for place, (number, identity) in enumerate(zip(numbers, identities, strict=True))
             ],
             "masked_frames": Source(None, clip.masked_frames, name),
@@ -168,12 +168,13 @@ class MaskedClips:
         }
 
     def sources(self, index: int) -> dict[str, list[Source | str]]:
-        """The text, and every frame that a clip of this video can have."""
+        """The text, and every frame that a clip of this video can have. The file system is asked again for changes."""
         name = self.order[index]
+        self._digests.pop(name, None)
         count = self.num_frames if self.split == "validation" else self.infos[name].num_frames
         numbers = list(range(count))
         frames: list[Source | str] = [
-            Source(identity, partial(self._frame, name, number), f"{name}/{number}")
+            Source(identity, partial(self._frame, name, number, identity), f"{name}/{number}")
             for number, identity in zip(numbers, self._identities(name, numbers), strict=True)
         ]
         return {"prompt": [self.prompt], "frames": frames}
@@ -326,9 +327,15 @@ class MaskedClips:
             raise BadVideoError(self.videos[name].path, f"a frame is {found} pixels, not {info.width}x{info.height}")
         return frames
 
-    def _frame(self, name: str, number: int) -> Tensor:
-        """uint8 RGB (3, height, width) of this split."""
-        return self._size(self.infos[name]).pictures(self._read(name, [number]))[0]
+    def _frame(self, name: str, number: int, identity: str, clip: "_Clip | None" = None, place: int = 0) -> Tensor:
+        """uint8 RGB (3, height, width) of this split; of a clip that is decoded once, or by itself."""
+        if clip is None:
+            frame = self._size(self.infos[name]).pictures(self._read(name, [number]))[0]
+        else:
+            frame = clip.frame(place)
+        files = list(self._digests[name])
+        check_content(identity, files[number] if len(files) > 1 else files[0])
+        return frame
 
     def _hole(self, name: str, numbers: Sequence[int], draws: Draws) -> Tensor:
         """uint8 (T, H, W) at the video's own size."""
@@ -352,8 +359,8 @@ class MaskedClips:
                 found = file_digests(files)
             except OSError as error:
                 raise BadVideoError(path, error.strerror or str(error)) from error
-            self._digests[name] = [found[str(file)] for file in files]
-        digests, fit = self._digests[name], self._size(info)
+            self._digests[name] = {file: found[str(file)] for file in files}
+        digests, fit = list(self._digests[name].values()), self._size(info)
         about: dict[str, Any] = {"size": fit.size, "crop": fit.crop}
         if not is_folder:
             decoder = decoder_version(info.decoder)
