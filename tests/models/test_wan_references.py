@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-
 from tests import wan
 from tests.golden.fill import fill, noise
 from tests.wan import CLIP_DIM, golden, inputs, network
+
 from vireo.errors import UserError
 from vireo.models.wan_attention import Context, DualCrossAttention, KeyValueCache, add_modules
 from vireo.models.wan_references import Projection, WanReferences, add_references, initialize, is_new

@@ -18,6 +18,14 @@ from vireo.errors import UserError
 KeysValues = tuple[Tensor, Tensor]  # (B, tokens, H, K) each
 
 
+class ContextKeys(NamedTuple):
+    """Keys and values of the text, of the references' CLIP tokens and of their latents, in one block."""
+
+    text: KeysValues
+    clip: KeysValues | None
+    latents: KeysValues | None
+
+
 class KeyValueCache:
     """What the frames of a roll-out still need of those before them; empty at its start.
 
@@ -30,15 +38,7 @@ class KeyValueCache:
         self.frames: list[int] = []
         self.next_frame = 0
         self.own: dict[int, KeysValues] = {}
-        self.context: dict[int, "ContextKeys"] = {}
-
-
-class ContextKeys(NamedTuple):
-    """Keys and values of the text, of the references' CLIP tokens and of their latents, in one block."""
-
-    text: KeysValues
-    clip: KeysValues | None
-    latents: KeysValues | None
+        self.context: dict[int, ContextKeys] = {}
 
 
 class Context(NamedTuple):

@@ -110,8 +110,8 @@ class WanReferences(Network):
 
         noisy: (B, C, t, h, w). timesteps: 1000 sigma, (B,) or, one for each latent frame, (B, t).
         prompt_embeds: (B, 512, text width), zero beyond the text's end.
-        reference_clip: (B, N, L, clip_dim). reference_latents: (B, C, N, h', w'), normalised as the video's. Each may be
-        missing. reference_mask: bool (B, N), false for padding; a row of nothing else is the base's.
+        reference_clip: (B, N, L, clip_dim). reference_latents: (B, C, N, h', w'), normalised as the video's. Either may
+        be missing. reference_mask: bool (B, N), false for padding; a row of nothing else is the base's.
         reference_scale: factor of what the references add, for sampling.
         cache: of a roll-out; `noisy` are then the frames after those that it knows. keep: put these frames into it.
         """

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from vireo.errors import UserError
@@ -107,8 +107,8 @@ def load_transformer(folder: str, generator: str | None, lora: str | None, lora_
     place, config = saved_networks.find_config(folder, "transformer", KEY)
     if config.get("_class_name") != "WanTransformer3DModel":
         raise UserError(
-            f"{place} holds a {config.get('_class_name')}, not a WanTransformer3DModel. Set {KEY} to the folder of a Wan "
-            "2.1 text-to-video pipeline, such as Wan2.1-T2V-1.3B-Diffusers."
+            f"{place} holds a {config.get('_class_name')}, not a WanTransformer3DModel. Set {KEY} to the folder of a "
+            "text-to-video pipeline of Wan 2.1, such as Wan2.1-T2V-1.3B-Diffusers."
         )
     if generator is None and lora is None:
         part = saved_networks.find(folder, "transformer", KEY)
