@@ -8,6 +8,7 @@ https://github.com/Edmund-a7/longlive_modify (branch feature/multi-reference-ima
 B batch, C latent channels, t h w latent grid, N references, L CLIP tokens of one, D width.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -155,16 +156,23 @@ class WanReferences(Network):
     def export(self, folder: Path, state: Mapping[str, Tensor]) -> list[Path]:
         """`references.safetensors`: the new modules and whatever else was trained, named as in the transformer.
 
-        In the published layout `model.pt`, {"generator": …} with Wan's own names and everything in it.
+        Beside it a LoRA's own file; with `adapter.export=merged` its layers are in `references.safetensors`.
+        In the published layout `model.pt`, {"generator": …} with Wan's own names and everything in it, LoRA merged.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        inner = {name.removeprefix("transformer."): value.contiguous() for name, value in state.items()}
+        changed = {_layer(name) for name, p in self.named_parameters() if p.requires_grad}
+        beside = []
+        if self.adapter is not None:
+            if self.export_layout == "adapter" and not self.adapter.merges:
+                beside = self.adapter.save(self, folder, state)
+                changed = {name for name in changed if name in state}  # layers with a LoRA are called otherwise there
+            state = self.adapter.merged(self, state)
+        whole = {name.removeprefix("transformer."): value.contiguous() for name, value in state.items()}
         if self.export_layout == "published":
-            return [wan_weights.save_published(folder / PUBLISHED, inner)]
-        trained = {name.removeprefix("transformer.") for name, p in self.named_parameters() if p.requires_grad}
-        chosen = {name: value for name, value in inner.items() if is_new(name) or name in trained}
+            return [wan_weights.save_published(folder / PUBLISHED, whole)]
+        chosen = {name: value for name, value in whole.items() if is_new(name) or f"transformer.{name}" in changed}
         save_file(chosen, folder / ADAPTER, metadata={"format": "pt"})
-        return [folder / ADAPTER]
+        return [folder / ADAPTER, *beside]
 
     @torch.no_grad()
     def load(self, path: Path) -> None:
@@ -177,7 +185,8 @@ class WanReferences(Network):
             path if path.is_file() else next((path / n for n in (ADAPTER, PUBLISHED) if (path / n).is_file()), path)
         )
         found = wan_weights.read(source)
-        own = {name.removeprefix("transformer."): value for name, value in self.state_dict().items()}
+        own = {_layer(name).removeprefix("transformer."): value for name, value in self.state_dict().items()}
+        own = {name: value for name, value in own.items() if ".lora_" not in name}
         gates = {name for name in own if name.endswith("clip_gate")}
         if not gates & found.keys():
             found |= {name: torch.ones_like(own[name]) for name in gates}
@@ -185,6 +194,8 @@ class WanReferences(Network):
         wan_weights.compare(found, own, needed, source)
         for name, value in found.items():
             own[name].copy_(value)
+        if self.adapter is not None and self.adapter.wrote(path):
+            self.adapter.load(self, path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -252,6 +263,11 @@ def initialize(network: nn.Module, init: Init) -> None:
     for name, parameter in network.named_parameters():
         if name.endswith("clip_gate"):
             parameter.fill_(float(init == "published"))
+
+
+def _layer(name: str) -> str:
+    """A parameter's name without what a LoRA around its layer adds to it; of the LoRA's own, the layer's weight."""
+    return re.sub(r"\.lora_[AB]\..*", ".weight", name).replace(".base_layer.", ".")
 
 
 def _with_text(module: nn.Module, arguments: Any, outputs: tuple) -> tuple:
