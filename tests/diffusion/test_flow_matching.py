@@ -70,9 +70,14 @@ def test_a_perfect_prediction_is_sampled_exactly(name):
     close(sample, clean, 2e-3)  # schedulers round timesteps to whole numbers or end a little above zero
 
 
-def test_eulers_table_is_ours():
-    table = FlowMatching(shift=3.0).scheduler("FlowMatchEulerDiscreteScheduler").timesteps
-    close(FlowMatching(shift=3.0).timesteps(torch.arange(999, -1, -1)), table, 1e-5)
+def test_noise_levels_of_a_few_steps_are_shifted_once():
+    scheduler = FlowMatching().scheduler("FlowMatchEulerDiscreteScheduler")
+    scheduler.set_timesteps(5)
+    wanted = FlowMatching().timesteps(torch.tensor([999, 799, 599, 399, 199]))
+    close(scheduler.timesteps, wanted, 1e-5)
+    multistep = FlowMatching().scheduler("UniPCMultistepScheduler")
+    multistep.set_timesteps(5)
+    close(multistep.sigmas, scheduler.sigmas, 1e-3)
 
 
 def test_another_shift_can_be_sampled_with():

@@ -10,6 +10,7 @@ from tests.wan import KEY_MAP, golden, inputs, native_state, network
 
 from vireo.errors import UserError
 from vireo.freezing import FreezePolicy
+from vireo.lora import LoRA
 from vireo.models import wan_weights
 from vireo.models.wan_references import is_new
 
@@ -30,6 +31,13 @@ def native(tmp_path_factory):
     state = {f"model._fsdp_wrapped_module.{name}": value for name, value in native_state(BASE[0]).items()}
     torch.save({"generator": state, "step": 3}, file)
     return file
+
+
+@pytest.fixture(scope="module")
+def half(folder):
+    made = network(folder, dtype="bf16")
+    FreezePolicy([NEW_MODULES])(made)
+    return made
 
 
 def predicted(made, **more):
@@ -225,6 +233,69 @@ class TestExport:
     def test_a_base_is_no_export(self, folder, native):
         with pytest.raises(UserError, match=r"clip_proj\.\S+: missing"):
             network(folder).load(native)
+
+
+class TestAdapter:
+    """A LoRA of the base learns together with the new modules, and both are saved."""
+
+    TARGETS = ("to_q", "to_k", "to_v", "to_out")
+
+    def adapted(self, folder, form="lora", layout="adapter"):
+        made = network(folder, export_layout=layout)
+        LoRA(rank=2, alpha=4, targets=self.TARGETS, export=form)(made)
+        FreezePolicy([NEW_MODULES, r"\.lora_"])(made)
+        with torch.no_grad():
+            for value in made.parameters():
+                if value.requires_grad:
+                    value.copy_(torch.randn_like(value) / 5)
+        return made
+
+    def test_the_published_targets_are_two_attentions_of_each_block(self, folder):
+        made = self.adapted(folder)
+        layers = {name.partition(".lora_")[0] for name, _ in made.named_parameters() if ".lora_" in name}
+        assert len(layers) == 2 * 2 * 4 and not any("vae" in name for name in layers)
+        trained = {name for name, p in made.named_parameters() if p.requires_grad}
+        assert any("clip_gate" in name for name in trained) and any("lora_A" in name for name in trained)
+
+    def test_both_are_saved_and_loaded(self, folder, tmp_path):
+        made = self.adapted(folder)
+        references, lora = made.export(tmp_path, made.state_dict())
+        assert all(is_new(name) for name in load_file(references))
+        assert all(".lora_" in name for name in load_file(lora))
+        again = self.adapted(folder)
+        again.load(tmp_path)
+        torch.testing.assert_close(predicted(again), predicted(made))
+        with pytest.raises(UserError, match="adapter=lora"):
+            network(folder).load(tmp_path)
+
+    @pytest.mark.parametrize(("form", "layout"), [("merged", "adapter"), ("lora", "published")])
+    def test_it_can_be_merged(self, folder, tmp_path, form, layout):
+        made = self.adapted(folder, form, layout)
+        (file,) = made.export(tmp_path, made.state_dict())
+        again = network(folder)
+        again.load(file)
+        torch.testing.assert_close(predicted(again), predicted(made), rtol=0, atol=1e-4)
+
+
+class TestHalfPrecision:
+    def test_only_the_frozen_base_is_half(self, half):
+        kept = ("norm", "scale_shift_table", "time_embedder")
+        for name, value in half.named_parameters():
+            whole = value.requires_grad or any(part in name for part in kept if "attn" not in name)
+            assert value.dtype == (torch.float32 if whole else torch.bfloat16), name
+
+    def test_native_files_and_folders_agree(self, folder, native, half):
+        other = network(folder, generator=str(native), dtype="bf16")
+        assert torch.equal(predicted(other), predicted(half))
+
+    def test_it_learns(self, half, folder):
+        given = inputs()
+        plain = half(timesteps=T_BATCH, **inputs(["prompt_embeds"]))
+        assert torch.equal(half(timesteps=T_BATCH, **given), plain)
+        half(timesteps=T_BATCH, **given).float().square().mean().backward()
+        assert half.transformer.blocks[0].attn2.v_vae.weight.grad.abs().max() > 0
+        relative = (plain - predicted(network(folder))).norm() / plain.norm()
+        assert relative < 0.03
 
 
 def _inner(name):

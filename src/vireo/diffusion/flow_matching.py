@@ -64,13 +64,13 @@ class FlowMatching:
         """
         import diffusers
 
-        kind = getattr(diffusers, name, None)
-        known = inspect.signature(kind).parameters if kind is not None and hasattr(kind, "set_timesteps") else {}
+        kind: Any = getattr(diffusers, name, None)
+        known = inspect.signature(kind).parameters if hasattr(kind, "set_timesteps") else {}
         own: dict[str, Any] = {"num_train_timesteps": self.num_train_timesteps}
         if "use_flow_sigmas" in known:
             own |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": self.shift}
-        elif name.startswith("FlowMatch") and "shift" in known:
-            own["shift"] = self.shift
+        elif name == "FlowMatchEulerDiscreteScheduler":
+            kind, own = _euler(), {**own, "shift": self.shift}
         else:
             raise UserError(
                 f"diffusers {diffusers.__version__} has no scheduler {name!r} for flows; "
@@ -86,3 +86,23 @@ class FlowMatching:
         if sigmas.ndim == 2:
             sigmas = sigmas[:, None]
         return sigmas.view(*sigmas.shape, *[1] * (like.ndim - sigmas.ndim))
+
+
+def _euler() -> Any:
+    """diffusers' Euler steps with what its other schedulers have, and with Wan's own noise levels.
+
+    Left to itself, it shifts a table that is shifted already, and spends the last step on almost clean samples.
+    """
+    import diffusers
+
+    class FlowMatchEuler(diffusers.FlowMatchEulerDiscreteScheduler):
+        init_noise_sigma = 1.0
+
+        def scale_model_input(self, sample: Tensor, timestep: Tensor) -> Tensor:
+            return sample
+
+        def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:  # type: ignore[override]
+            levels = [1 - step / num_inference_steps for step in range(num_inference_steps)]
+            super().set_timesteps(sigmas=levels, device=device)  # type: ignore[misc]
+
+    return FlowMatchEuler

@@ -9,7 +9,8 @@ B batch, C latent channels, t h w latent grid, N references, L CLIP tokens of on
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,13 +18,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vireo import lora
 from vireo.errors import UserError
 from vireo.models import wan_attention, wan_weights
 from vireo.models.network import Network
+from vireo.models.saved_networks import DTYPES
 from vireo.models.wan_attention import CausalPositions, CausalSelfAttention, Context, DualCrossAttention, KeyValueCache
 
 CLIP_WIDTH = 1280  # of ViT-H/14's tokens
 NEW = ("clip_proj.", "vae_proj.", ".k_vae.", ".v_vae.", ".norm_k_vae.", ".clip_gate")
+LORA = ".lora_"  # in the names of its parameters
 ADAPTER = "references.safetensors"
 PUBLISHED = "model.pt"
 Init = Literal["identity", "published"]
@@ -56,10 +60,12 @@ class WanReferences(Network):
     init: "identity", the output is the base's until something was learnt: gates and values of latents begin at zero.
         "published" begins with gates of 1 and projections whose last linear layer is zero, which disturbs the base.
     clip_dim: width of the CLIP tokens.
+    dtype: of the weights as they are loaded; what learns is float32 (`FreezePolicy`), and a network in half precision
+        computes under autocast in it.
     export_layout: what `export` writes: "adapter", what is not the base's, or "published", {"generator": everything}.
     gradient_checkpointing: compute the blocks twice in exchange for most of their activations' memory.
 
-    All weights are float32; lower precision is autocast's affair. Raises UserError for weights that do not suit.
+    Raises UserError for weights that do not suit.
     """
 
     def __init__(
@@ -74,17 +80,17 @@ class WanReferences(Network):
         sink_frames: int = 3,
         init: Init = "identity",
         clip_dim: int = CLIP_WIDTH,
+        dtype: Literal["fp32", "bf16", "fp16"] = "fp32",
         export_layout: Literal["adapter", "published"] = "adapter",
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        if mode not in ("bidirectional", "causal") or export_layout not in ("adapter", "published"):
-            raise UserError(
-                "model.network.mode is bidirectional or causal and export_layout adapter or published; got "
-                f"{mode} and {export_layout}."
-            )
-        self.export_layout = export_layout
-        self.transformer = wan_weights.load_transformer(transformer, generator, generator_lora, lora_alpha)
+        known = {"mode": ("bidirectional", "causal"), "export_layout": ("adapter", "published"), "dtype": DTYPES}
+        for key, value in (("mode", mode), ("export_layout", export_layout), ("dtype", dtype)):
+            if value not in known[key]:
+                raise UserError(f"model.network.{key} is one of {', '.join(known[key])}, got {value!r}.")
+        self.export_layout, self.dtype = export_layout, DTYPES[dtype]
+        self.transformer = wan_weights.load_transformer(transformer, generator, generator_lora, lora_alpha, self.dtype)
         self.clip_proj, self.vae_proj = add_references(self.transformer, clip_dim)
         initialize(self, init)
         self.group_frames = None
@@ -120,23 +126,31 @@ class WanReferences(Network):
         clip, latents = reference_clip, reference_latents
         if cache is not None and cache.context:
             clip = latents = None  # their keys are known
-        patch = self.transformer.config.patch_size
-        context = Context(
-            clip=None if clip is None else self.clip_proj(clip.flatten(1, 2)),  # (B, N L, D)
-            latents=None if latents is None else self.vae_proj(latents.flatten(2).mT),  # (B, N h w, D)
-            present=reference_mask,
-            scale=reference_scale,
-            frame_tokens=(noisy.shape[-2] // patch[1]) * (noisy.shape[-1] // patch[2]),
-            cache=cache,
-        )
+        patch, half = self.transformer.config.patch_size, self.dtype != torch.float32
+        with torch.autocast(noisy.device.type, self.dtype) if half else nullcontext():
+            context = Context(
+                clip=None if clip is None else self.clip_proj(clip.flatten(1, 2)),  # (B, N L, D)
+                latents=None if latents is None else self.vae_proj(latents.flatten(2).mT),  # (B, N h' w', D)
+                present=reference_mask,
+                scale=reference_scale,
+                frame_tokens=(noisy.shape[-2] // patch[1]) * (noisy.shape[-1] // patch[2]),
+                cache=cache,
+            )
+            with self._rolling(cache, keep):
+                return self.transformer(noisy, timesteps, prompt_embeds, context, return_dict=False)[0]
+
+    @contextmanager
+    def _rolling(self, cache: KeyValueCache | None, keep: bool) -> Iterator[None]:
+        """Let the positions know of the cache, if there is one, for the length of a forward."""
+        if cache is None:
+            yield
+            return
         positions = self.transformer.rope
-        if cache is not None:
-            positions.cache, positions.keep = cache, keep
+        positions.cache, positions.keep = cache, keep
         try:
-            return self.transformer(noisy, timesteps, prompt_embeds, context, return_dict=False)[0]
+            yield
         finally:
-            if cache is not None:
-                positions.cache, positions.keep = None, False
+            positions.cache, positions.keep = None, False
 
     def _check(self, noisy: Tensor, timesteps: Tensor, cache: KeyValueCache | None) -> None:
         frames = noisy.shape[2]
@@ -160,17 +174,20 @@ class WanReferences(Network):
         In the published layout `model.pt`, {"generator": …} with Wan's own names and everything in it, LoRA merged.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        changed = {_layer(name) for name, p in self.named_parameters() if p.requires_grad}
-        beside = []
-        if self.adapter is not None:
-            if self.export_layout == "adapter" and not self.adapter.merges:
+        learns = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+        beside: list[Path] = []
+        if self.adapter is not None and (self.adapter.merges or self.export_layout == "published"):
+            whole = self.adapter.merged(self, state)
+        else:
+            whole = {_layers(name): value for name, value in state.items() if LORA not in name}
+            learns = [name for name in learns if LORA not in name]
+            if self.adapter is not None:
                 beside = self.adapter.save(self, folder, state)
-                changed = {name for name in changed if name in state}  # layers with a LoRA are called otherwise there
-            state = self.adapter.merged(self, state)
-        whole = {name.removeprefix("transformer."): value.contiguous() for name, value in state.items()}
+        inner = {name.removeprefix("transformer."): value.contiguous() for name, value in whole.items()}
         if self.export_layout == "published":
-            return [wan_weights.save_published(folder / PUBLISHED, whole)]
-        chosen = {name: value for name, value in whole.items() if is_new(name) or f"transformer.{name}" in changed}
+            return [wan_weights.save_published(folder / PUBLISHED, inner)]
+        trained = {_layers(name).removeprefix("transformer.") for name in learns}
+        chosen = {name: value for name, value in inner.items() if is_new(name) or name in trained}
         save_file(chosen, folder / ADAPTER, metadata={"format": "pt"})
         return [folder / ADAPTER, *beside]
 
@@ -179,14 +196,15 @@ class WanReferences(Network):
         """Take in an export, of either layout, or a checkpoint of the published recipe: a file or the folder with it.
 
         All new modules must be there; of the base what is there, all of it or what was trained. A published checkpoint
-        knows no gates: they are 1 then, which is its formula.
+        knows no gates: they are 1 then, which is its formula. A LoRA beside them is taken in where there is an adapter.
         """
         source = (
             path if path.is_file() else next((path / n for n in (ADAPTER, PUBLISHED) if (path / n).is_file()), path)
         )
         found = wan_weights.read(source)
-        own = {_layer(name).removeprefix("transformer."): value for name, value in self.state_dict().items()}
-        own = {name: value for name, value in own.items() if ".lora_" not in name}
+        own = {
+            _layers(name).removeprefix("transformer."): v for name, v in self.state_dict().items() if LORA not in name
+        }
         gates = {name for name in own if name.endswith("clip_gate")}
         if not gates & found.keys():
             found |= {name: torch.ones_like(own[name]) for name in gates}
@@ -194,7 +212,9 @@ class WanReferences(Network):
         wan_weights.compare(found, own, needed, source)
         for name, value in found.items():
             own[name].copy_(value)
-        if self.adapter is not None and self.adapter.wrote(path):
+        if (path / lora.FILE).is_file():
+            if self.adapter is None:
+                raise UserError(f"{path} has a LoRA as well: say adapter=lora, or adapter.weights={path} to train on.")
             self.adapter.load(self, path)
 
 
@@ -265,9 +285,9 @@ def initialize(network: nn.Module, init: Init) -> None:
             parameter.fill_(float(init == "published"))
 
 
-def _layer(name: str) -> str:
-    """A parameter's name without what a LoRA around its layer adds to it; of the LoRA's own, the layer's weight."""
-    return re.sub(r"\.lora_[AB]\..*", ".weight", name).replace(".base_layer.", ".")
+def _layers(name: str) -> str:
+    """A parameter's name as if there were no LoRA around its layer; of the LoRA's own, the layer's weight."""
+    return re.sub(r"\.lora_.*", ".weight", name).replace(".base_layer.", ".")
 
 
 def _with_text(module: nn.Module, arguments: Any, outputs: tuple) -> tuple:

@@ -97,10 +97,13 @@ def save_published(path: Path, state: Mapping[str, Tensor]) -> Path:
     return path
 
 
-def load_transformer(folder: str, generator: str | None, lora: str | None, lora_alpha: float) -> Any:
-    """A diffusers WanTransformer3DModel in float32, on the CPU; arguments as of `WanReferences`.
+def load_transformer(
+    folder: str, generator: str | None, lora: str | None, lora_alpha: float, dtype: torch.dtype
+) -> Any:
+    """A diffusers WanTransformer3DModel on the CPU; arguments as of `WanReferences`.
 
-    Raises UserError for a folder or file that does not suit, and for tensors that are missing or of no use.
+    What diffusers keeps in float32 stays so in every dtype. Raises UserError for a folder or file that does not suit,
+    and for tensors that are missing or of no use.
     """
     from diffusers import WanTransformer3DModel
 
@@ -112,7 +115,7 @@ def load_transformer(folder: str, generator: str | None, lora: str | None, lora_
         )
     if generator is None and lora is None:
         part = saved_networks.find(folder, "transformer", KEY)
-        return saved_networks.load(part, WanTransformer3DModel, torch.float32)
+        return saved_networks.load(part, WanTransformer3DModel, dtype)
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
@@ -132,7 +135,9 @@ def load_transformer(folder: str, generator: str | None, lora: str | None, lora_
     compare(state, own, own.keys(), source)
     if lora is not None:
         state = merged(state, Path(lora).expanduser(), lora_alpha)
-    made.load_state_dict({name: value.to(torch.float32, copy=True) for name, value in state.items()}, assign=True)
+    whole = set(made._keep_in_fp32_modules)
+    kept = {name: torch.float32 if whole & set(name.split(".")) else dtype for name in state}
+    made.load_state_dict({name: value.to(kept[name], copy=True) for name, value in state.items()}, assign=True)
     return made.eval()
 
 
