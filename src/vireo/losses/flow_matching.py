@@ -7,10 +7,10 @@ tables of opposite order, so that they differ by 342 of 1000 on average.)
 from collections.abc import Sequence
 from typing import Literal
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from vireo.diffusion.flow_matching import FlowMatching
+from vireo.diffusion.latent_masks import latent_mask
 from vireo.errors import UserError
 from vireo.losses.denoising import Denoising
 from vireo.randomness import Draws
@@ -25,7 +25,8 @@ class FlowMatchingLoss(Denoising):
         and 980, so noise levels below 0.097 are never trained.
     group_frames: latent frames that share a noise level, where every group has one of its own (causal networks); None:
         one for the whole clip.
-    subject_weight: factor of the squared error inside the batch's `subject_mask`, (B, T, H, W) in [0, 1]; 1: all alike.
+    subject_weight: factor of the squared error inside the batch's `subject_mask`, (B, T, 1, H, W), 0 to 1; 1 needs no
+        mask.
 
     Raises UserError for values out of range and names that are not there.
     """
@@ -76,9 +77,3 @@ class FlowMatchingLoss(Denoising):
         if self.subject_weight != 1 and self.learning:
             squares = squares * (1 + (self.subject_weight - 1) * latent_mask(batch["subject_mask"], squares))
         return super().means(squares, batch)
-
-
-def latent_mask(mask: Tensor, latents: Tensor) -> Tensor:
-    """The share of a mask's pixels in each latent, float32 (B, 1, t, h, w). mask: (B, T, H, W), values in [0, 1]."""
-    frames, height, width = latents.shape[2:]
-    return F.adaptive_avg_pool3d(mask[:, None].float().to(latents.device), (frames, height, width))

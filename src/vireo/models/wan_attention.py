@@ -284,8 +284,8 @@ def _runs(numbers: list[int]) -> Iterator[tuple[int, int]]:
 
 
 def _cut(known: KeysValues, where: list[slice]) -> KeysValues:
-    keys, values = ([tensor[:, some] for some in where] for tensor in known)
-    return (keys[0], values[0]) if len(where) == 1 else (torch.cat(keys, dim=1), torch.cat(values, dim=1))
+    keys, values = ([tensor[:, some] for some in where or [slice(0)]] for tensor in known)
+    return (keys[0], values[0]) if len(keys) == 1 else (torch.cat(keys, dim=1), torch.cat(values, dim=1))
 
 
 def _check(processor: Any, attn: Any) -> None:

@@ -90,16 +90,24 @@ class WanReferences(Network):
             if value not in known[key]:
                 raise UserError(f"model.network.{key} is one of {', '.join(known[key])}, got {value!r}.")
         self.export_layout, self.dtype = export_layout, DTYPES[dtype]
-        self.transformer = wan_weights.load_transformer(transformer, generator, generator_lora, lora_alpha, self.dtype)
-        self.clip_proj, self.vae_proj = add_references(self.transformer, clip_dim)
+        self._source = (transformer, generator, generator_lora, lora_alpha, self.dtype)
+        self._frames = (group_frames, window_frames, sink_frames) if mode == "causal" else None
+        self.transformer, self.clip_proj, self.vae_proj = self._start(clip_dim)
         initialize(self, init)
-        self.group_frames = None
-        if mode == "causal":
-            self.group_frames = group_frames
-            make_causal(self.transformer, group_frames, window_frames, sink_frames)
         if gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
         self.train()
+
+    def _start(self, clip_dim: int) -> tuple[Any, Projection, Projection]:
+        transformer = wan_weights.load_transformer(*self._source)
+        projections = add_references(transformer, clip_dim)
+        if self._frames is not None:
+            make_causal(transformer, *self._frames)
+        return transformer, *projections
+
+    def base(self) -> Any:
+        """The transformer that training began with, loaded anew; without references it is the base."""
+        return self._start(CLIP_WIDTH)[0].to(self.transformer.device).eval().requires_grad_(False)
 
     def forward(
         self,
@@ -154,15 +162,15 @@ class WanReferences(Network):
 
     def _check(self, noisy: Tensor, timesteps: Tensor, cache: KeyValueCache | None) -> None:
         frames = noisy.shape[2]
-        if self.group_frames is None:
+        if self._frames is None:
             if cache is not None:
                 raise UserError(
                     "A roll-out needs frames that see only those before them: set model.network.mode=causal, and take "
                     "weights that were trained so (LongLive's), or sample with model=opens2v_wan."
                 )
-        elif frames % self.group_frames:
+        elif frames % self._frames[0]:
             raise UserError(
-                f"{frames} latent frames cannot be cut into groups of model.network.group_frames={self.group_frames}."
+                f"{frames} latent frames cannot be cut into groups of model.network.group_frames={self._frames[0]}."
             )
         if timesteps.ndim == 2 and timesteps.shape[1] != frames:
             raise UserError(f"{timesteps.shape[1]} timesteps for {frames} latent frames: one for each is expected.")
