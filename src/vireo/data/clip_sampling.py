@@ -1,5 +1,7 @@
 """Which frames of a video make a clip. Frames are chosen by index, so a variable frame rate does no harm."""
 
+import numpy as np
+
 from vireo.randomness import Draws
 
 
@@ -34,3 +36,16 @@ def middle_clip(length: int, num_frames: int, step: int) -> list[int]:
 def _span(num_frames: int, step: int) -> int:
     """Frames of the video from the first to the last of a clip."""
     return (num_frames - 1) * step + 1
+
+
+def spread_clip(length: int, num_frames: int, step: float, start: float) -> list[int]:
+    """`num_frames` indices, `step` apart, or closer together where the video is too short for that.
+
+    step: may be a fraction. start: share of the places where the clip can begin, in [0, 1). A video of fewer frames
+    gives all of them and the first ones again, in order. OpenS2V's rule, for which a short video is a slow one.
+    """
+    if length <= num_frames:
+        return sorted(k % length for k in range(num_frames))
+    span = min(length, round((num_frames - 1) * step) + 1)
+    first = int(start * (length - span + 1))
+    return np.linspace(first, first + span - 1, num_frames).astype(int).tolist()

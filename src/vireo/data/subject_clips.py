@@ -1,0 +1,594 @@
+"""A subject's picture and a caption give the clip that the subject was cut from: OpenS2V-5M's layout."""
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vireo.data import references, subject_annotations
+from vireo.data.clip_sampling import spread_clip
+from vireo.data.json_index import JsonIndex, hashed
+from vireo.data.listing import shortened
+from vireo.data.references import Augmentation, Background, Cutout, blank, cut_out, letterbox
+from vireo.data.source import Source, identify
+from vireo.data.subject_annotations import Annotation, Subject, cluster
+from vireo.data.subject_choice import SELECTIONS, Chosen, Filters, Selection, choose
+from vireo.data.subject_pairs import SubjectPairs
+from vireo.data.transforms import Box, covering_size, crop_and_resize, crop_centre
+from vireo.digests import file_digest
+from vireo.errors import UserError
+from vireo.randomness import Draws
+from vireo.video_io import BadVideoError, VideoReader, decoder_version
+
+logger = logging.getLogger(__name__)
+
+INSIDE = "subject_clips"  # the folder below a root that holds other layouts too, as the mini world does
+CLIP_SIDE = 512  # pixels of a reference before the image encoder's own processor
+LOOKED_AT = 200  # clips that are looked at where looking at all would take hours
+# Folders of the annotations and of each file's videos: OpenS2V-5M's, and those of its demonstration.
+LAYOUTS = (("Jsons/mask_and_bbox", "Videos"), ("demo_result/step5/merge_final_json", "demo_result/step0/videos"))
+
+
+class SubjectClips:
+    """Clips with a caption and pictures of the subjects in them.
+
+    A sample is {"frames": Source, "references": [Source] * R, "clip_references": [Source] * R, "reference_mask": bool
+    (R,), "prompt": str, "name": "<part>/<key>"}, R = max_subjects_per_sample, and of a validation clip {"fps": float},
+    0 if unknown. They load uint8 RGB (T, 3, height, width), (3, height, width) and (3, 512, 512); the last two show the
+    same subject, whole, on white. Missing references are white, and False in the mask. With `subject_mask` there is
+    also {"subject_mask": uint8 (1, 1, height, width)}, 1 where the references are in the annotated frame.
+    A clip without a subject that suits has its whole annotated frame as the reference.
+
+    root: of OpenS2V-5M (`Jsons/mask_and_bbox/<part>.json`, `Videos/<part>/`) or its demonstration (`demo_result/`), or
+        a folder with either in `subject_clips/`. annotations, videos: files and folders of other places, below root or
+        not, as many of the one as of the other. The files are indexed once (`vireo.data.json_index`).
+    split: "train" or "validation"; held_out: a share of the source videos, so that clips of one are not in both, or a
+        file with a name a line. The latter always shows the middle of a clip and the same subjects.
+    sample_stride: frames of the video from one to the next; target_fps: frames a second instead.
+    windows: how many starts a training clip has, the same in each epoch, so that they can be cached; null draws anew.
+    subject_selection: "first" mask, "random", or "best_score"; prefer_tagged: subjects and people before other things.
+    no_background, subject_area, min_text_score, max_overlap, with_face: see `vireo.data.subject_choice.Filters`.
+    reference_background: "white", or "keep" for the box as it is in the frame.
+    augmentation: of training references, such as `vireo.data.references.Augmentation`; they cannot be cached then.
+    pairs: folder, as given or below root, with pairs of one subject in two clips (`vireo.data.subject_pairs`). Then the
+        reference is a picture from another clip, or from the clip itself where it has no pair.
+    max_bad_fraction: largest share of clips that turn out unreadable while training.
+    Raises UserError if the arguments or the files cannot be used. Entries that cannot be used are left out and told.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        num_frames: int,
+        height: int,
+        width: int,
+        *,
+        split: Literal["train", "validation"] = "train",
+        annotations: Sequence[str] | None = None,
+        videos: Sequence[str] | None = None,
+        held_out: float | str = 0.1,
+        sample_stride: int = 3,
+        target_fps: float | None = None,
+        windows: int | None = None,
+        max_subjects_per_sample: int = 1,
+        subject_selection: Selection = "best_score",
+        prefer_tagged: bool = True,
+        no_background: bool = True,
+        subject_area: tuple[float, float] | None = (0.04, 0.9),
+        min_text_score: float | None = 0.3,
+        max_overlap: float | None = 0.8,
+        with_face: bool = False,
+        reference_background: Background = "white",
+        augmentation: Augmentation | None = None,
+        pairs: str | None = None,
+        subject_mask: bool = False,
+        max_bad_fraction: float = 0.01,
+    ) -> None:
+        self.root, self.num_frames, self.height, self.width = Path(root).expanduser(), num_frames, height, width
+        self.split, self.held_out = split, held_out
+        self.sample_stride, self.target_fps, self.windows = sample_stride, target_fps, windows
+        self.max_subjects, self.selection, self.prefer_tagged = (
+            max_subjects_per_sample,
+            subject_selection,
+            prefer_tagged,
+        )
+        area = None if subject_area is None else (subject_area[0], subject_area[-1])
+        self.filters = Filters(no_background, area, min_text_score, max_overlap, with_face)
+        self.background, self.with_mask, self.max_bad_fraction = reference_background, subject_mask, max_bad_fraction
+        self.augmentation = augmentation if split == "train" else None
+        self._check_arguments()
+
+        self.parts = find_parts(self.root, annotations, videos)
+        self.pairs = None if pairs is None else SubjectPairs(_below(self.root, pairs))
+        self._part_of, self._row_of = self._chosen()
+        self._look_at_videos()
+
+    def __len__(self) -> int:
+        """Number of clips of this split."""
+        return len(self._row_of)
+
+    def sample(self, index: int, draws: Draws) -> dict[str, Any]:
+        """One clip, undecoded (see the class). Draws, where these are random: "window" or "start", "subjects",
+        "partner" and what the augmentation draws; B is 1.
+
+        Raises BadVideoError if the video is not there or the masks are none, and where a source is loaded if it cannot
+        be read.
+        """
+        clip = self._clip(index)
+        if self.split == "validation":
+            draws = Draws(("validation", clip.name), [0])
+        chosen = self._choose(clip, self.max_subjects, draws)
+        shown = [_Reference(one, self.background) for one in self._shown(clip, chosen, draws)]
+        window = self._window(clip, draws)
+        found: dict[str, Any] = {
+            "frames": self._frames(clip, window.start, window.is_fixed),
+            **self._pictures(shown, draws),
+            "reference_mask": torch.arange(self.max_subjects) < len(shown),
+            "prompt": clip.about.caption,
+            "name": clip.name,
+        }
+        if self.with_mask:
+            found["subject_mask"] = self._mask(clip, chosen)
+        if self.split == "validation":
+            found["fps"] = self.target_fps or clip.about.fps / self.sample_stride
+        return found
+
+    def sources(self, index: int) -> dict[str, list[Source | str]]:
+        """The caption, the windows and the references that this entry can ask for, as far as they are fixed."""
+        clip = self._clip(index)
+        found: dict[str, list[Source | str]] = {"prompt": [clip.about.caption]}
+        starts = self._fixed_starts(clip)
+        if starts:
+            found["frames"] = [self._frames(clip, start, is_fixed=True) for start in starts]
+        if self.augmentation is None:
+            limit = None if self.selection == "random" else self.max_subjects
+            draws = Draws("any order", [0])
+            chosen = self._choose(clip, limit, draws)
+            references = [_Reference(one, self.background) for one in self._shown(clip, chosen, None)]
+            for field, size in self._sizes.items():
+                found[field] = [self._picture(reference, size, 0, None) for reference in references]
+                if len(chosen) < self.max_subjects:
+                    found[field].append(_blank(size))
+        return found
+
+    def describe(self) -> dict[str, Any]:
+        """What this split holds, for people. Subjects are counted in some of the clips."""
+        some = self._spread(LOOKED_AT)
+        counts: Counter[str] = Counter()
+        for index in some:
+            clip = self._clip(index)
+            try:
+                chosen = self._choose(clip, self.max_subjects, Draws("describe", [0]))
+            except BadVideoError:
+                continue
+            counts[f"{len(chosen)} of {len(clip.about.subjects)}" if chosen else "none: the whole frame"] += 1
+        about = {
+            "root": str(self.root),
+            "parts": [f"{part.name}: {len(part.index)} entries, {part.videos}" for part in self.parts],
+            "clips": len(self),
+            "frames": f"{self.num_frames} of {self.height}x{self.width}, "
+            + (f"{self.target_fps:g} a second" if self.target_fps else f"every {self.sample_stride}. of the video"),
+            "references": f"up to {self.max_subjects}, {self.selection}, {self.filters}",
+            f"subjects ({len(some)})": [f"{what}: {count} clips" for what, count in counts.most_common()],
+            "left_out": self._problems(),
+        }
+        if self.pairs is not None:
+            about["with pairs"] = int(np.isin(self._groups(), _hashes(self.pairs.clusters())).sum())
+        return about
+
+    def faults(self) -> list[str]:
+        """Entries that cannot be used, videos that are not there, of those that were looked at, and masks that do not
+        suit; for people."""
+        found = self._problems()
+        for index in self._spread(LOOKED_AT):
+            clip = self._clip(index)
+            if not clip.path.exists():
+                found.append(f"{clip.name}: there is no {clip.path}")
+            try:
+                self._choose(clip, None, Draws("faults", [0]))
+            except BadVideoError as error:
+                found.append(str(error))
+        return found
+
+    @staticmethod
+    def prepare(root: str | Path, annotations: Sequence[str] | None = None, videos: Sequence[str] | None = None) -> str:
+        """For `vireo prepare`: index the annotation files, and look for every video. Returns what to tell."""
+        lines = []
+        for part in find_parts(Path(root).expanduser(), annotations, videos):
+            usable, seconds, frames, missing = np.flatnonzero(part.index.usable).tolist(), 0.0, 0, []
+            subjects: Counter[int] = Counter()
+            for row in usable:
+                about = subject_annotations.parse(*part.index.entry(row))
+                if not (part.videos / about.video).exists():
+                    missing.append(f"{about.key}: there is no {part.videos / about.video}")
+                frames += about.stop - about.start
+                seconds += (about.stop - about.start) / about.fps if about.fps else 0
+                subjects[len(about.subjects)] += 1
+            lines.append(
+                f"{part.index.path}\n  {len(part.index)} entries, {len(usable)} of them usable: {frames} frames, "
+                f"{seconds / 3600:.2f} hours, {sum(n * count for n, count in subjects.items())} masks, "
+                f"{subjects[0]} entries without one"
+            )
+            if part.index.problems:
+                lines.append(f"  left out:\n{shortened(part.index.problems)}")
+            if missing:
+                lines.append(f"  {len(missing)} videos are missing:\n{shortened(missing)}")
+        return "\n".join(lines)
+
+    # ------------------------------------------------------------------ what a sample shows
+
+    @property
+    def _sizes(self) -> dict[str, tuple[int, int]]:
+        return {"references": (self.height, self.width), "clip_references": (CLIP_SIDE, CLIP_SIDE)}
+
+    def _clip(self, index: int) -> "Clip":
+        return self._of(self.parts[self._part_of[index]], int(self._row_of[index]))
+
+    def _of(self, part: "Part", row: int) -> "Clip":
+        about = subject_annotations.parse(*part.index.entry(row))
+        return Clip(f"{part.name}/{about.key}", part.videos / about.video, about)
+
+    def _named(self, name: str) -> "Clip | None":
+        """The clip `<part>/<key>`, None if it is none of these."""
+        for part in self.parts:
+            if name.startswith(f"{part.name}/"):
+                row = part.index.row(name.removeprefix(f"{part.name}/"))
+                if row is not None:
+                    return self._of(part, row)
+        return None
+
+    def _choose(self, clip: "Clip", limit: int | None, draws: Draws) -> list[Chosen]:
+        """The subjects in the clip itself; with pairs those that have one, if there are any."""
+
+        def chosen(among: Sequence[str] | None) -> list[Chosen]:
+            return choose(clip.about, self.selection, limit, self.filters, self.prefer_tagged, draws, among)
+
+        try:
+            paired = list(self.pairs.partners(clip.name, cluster(clip.about.key))) if self.pairs is not None else []
+            return (chosen(paired) if paired else []) or chosen(None)
+        except ValueError as error:
+            raise BadVideoError(clip.path, f"{clip.name}: {error}") from error
+
+    def _shown(self, clip: "Clip", chosen: Sequence[Chosen], draws: Draws | None) -> list["Shown"]:
+        """Where the references are taken from, for each chosen subject one; without draws all that are possible."""
+        own = _Picture(clip)
+        if not chosen:
+            return [Shown(own, None, None)]
+        pairs = {} if self.pairs is None else self.pairs.partners(clip.name, cluster(clip.about.key))
+        shown = []
+        for one in chosen:
+            found = [there for partner in pairs.get(one.subject.id, ()) if (there := self._partner(*partner))]
+            found = found or [Shown(own, *one)]
+            if draws is not None:
+                found = [found[int(draws.integers(f"partner_{one.subject.id}", 0, len(found))[0])]]
+            shown += found
+        return shown
+
+    def _partner(self, name: str, subject: str) -> "Shown | None":
+        clip = self._named(name)
+        found = next((s for s in clip.about.subjects if s.id == subject), None) if clip is not None else None
+        if clip is None or found is None:
+            return None
+        try:
+            mask = found.mask()
+        except ValueError as error:
+            raise BadVideoError(clip.path, f"{name}: mask {subject}: {error}") from error
+        return Shown(_Picture(clip), found, mask) if mask.any() else None
+
+    def _pictures(self, shown: Sequence["_Reference"], draws: Draws) -> dict[str, list[Source]]:
+        found = {}
+        for field, size in self._sizes.items():
+            pictures = [self._picture(reference, size, number, draws) for number, reference in enumerate(shown)]
+            found[field] = pictures + [_blank(size)] * (self.max_subjects - len(shown))
+        return found
+
+    def _picture(self, reference: "_Reference", size: tuple[int, int], number: int, draws: Draws | None) -> Source:
+        augmentation = self.augmentation
+
+        def load() -> Tensor:
+            cutout = reference.cutout
+            if augmentation is not None and draws is not None:
+                cutout = augmentation(cutout, draws, number)
+            return letterbox(cutout, *size)
+
+        return Source(None if augmentation is not None else reference.identity(size), load, reference.name)
+
+    def _window(self, clip: "Clip", draws: Draws) -> "Window":
+        starts = self._fixed_starts(clip)
+        if not starts:
+            return Window(float(draws.uniform("start")[0]), is_fixed=False)
+        number = int(draws.integers("window", 0, len(starts))[0]) if len(starts) > 1 else 0
+        return Window(starts[number], is_fixed=True)
+
+    def _fixed_starts(self, clip: "Clip") -> list[float]:
+        if self.split == "validation":
+            return [0.5]
+        return [float(Draws(("windows", clip.name), [k]).uniform("start")[0]) for k in range(self.windows or 0)]
+
+    def _frames(self, clip: "Clip", start: float, is_fixed: bool) -> Source:
+        identity = None
+        if is_fixed:
+            identity = clip.identity(
+                frames=[clip.about.start, clip.about.stop, self.num_frames, self.target_fps or self.sample_stride],
+                rule="frames a second" if self.target_fps else "stride",
+                fps=clip.about.fps,
+                start=start,
+                height=self.height,
+                width=self.width,
+                resampler="torch bilinear, antialiased",
+            )
+        return Source(identity, partial(self._load, clip, start), clip.name)
+
+    def _load(self, clip: "Clip", start: float) -> Tensor:
+        """uint8 RGB (T, 3, height, width)."""
+        about = clip.about
+        with VideoReader(clip.path) as video:
+            first, stop = min(about.start, len(video)), min(about.stop, len(video))
+            if first == stop:
+                raise BadVideoError(
+                    clip.path, f"{len(video)} frames; {clip.name} is frames {about.start} to {about.stop}"
+                )
+            step: float = self.sample_stride
+            if self.target_fps is not None:
+                step = (about.fps or video.fps) / self.target_fps
+                if not step:
+                    raise BadVideoError(clip.path, "the frame rate is unknown, which data.target_fps needs")
+            frames = video.get([first + k for k in spread_clip(stop - first, self.num_frames, step, start)])
+        return self._fitted(frames, clip.box(frames)).contiguous()
+
+    def _fitted(self, frames: Tensor, box: Box) -> Tensor:
+        """The box of each frame, scaled until it covers the size, and its middle."""
+        size = covering_size((box.height, box.width), (self.height, self.width))
+        return crop_centre(crop_and_resize(frames, box, *size), self.height, self.width)
+
+    def _mask(self, clip: "Clip", chosen: Sequence[Chosen]) -> Tensor:
+        if not chosen:
+            return torch.ones(1, 1, self.height, self.width, dtype=torch.uint8)
+        mask = torch.from_numpy(np.logical_or.reduce([one.mask for one in chosen]))
+        grey = mask.to(torch.uint8)[None, None].mul(255)
+        return (self._fitted(grey, Box(0, 0, *mask.shape)) > 127).to(torch.uint8)
+
+    # ------------------------------------------------------------------ what there is
+
+    def _chosen(self) -> tuple[NDArray[np.uint16], NDArray[np.int32]]:
+        """Part and row of each clip of this split; 6 bytes a clip, so that parts of millions fit into every worker."""
+        rows = [np.flatnonzero(part.index.usable).astype(np.int32) for part in self.parts]
+        parts = np.repeat(np.arange(len(rows), dtype=np.uint16), [len(some) for some in rows])
+        groups = np.concatenate([part.index.groups[some] for part, some in zip(self.parts, rows, strict=True)])
+        if not len(groups):
+            told = shortened(self._problems())
+            raise UserError(f"no clip of {self.root} can be used:\n{told or '  the annotation files are empty'}")
+        wanted = np.isin(groups, self._held_out_groups(groups)) == (self.split == "validation")
+        if not wanted.any() and self.split == "train":
+            raise UserError(f"data.held_out={self.held_out} holds out all clips: none is left to train on")
+        return parts[wanted], np.concatenate(rows)[wanted]
+
+    def _held_out_groups(self, groups: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """Hashes of the source videos that are held out: the lowest, at least one of several, but never all."""
+        if isinstance(self.held_out, str):
+            return _hashes([cluster(name.partition("/")[2]) for name in self._listed(_below(self.root, self.held_out))])
+        known = np.unique(groups)
+        if self.held_out == 0 or len(known) < 2:
+            return known[:0]
+        below = int((known < np.uint64(int(self.held_out * 2**64))).sum())
+        return known[: min(max(below, 1), len(known) - 1)]
+
+    def _listed(self, file: Path) -> list[str]:
+        if not file.is_file():
+            raise UserError(f"data.held_out={self.held_out}: expected a share below 1, or a file; there is no {file}")
+        names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        unknown = [name for name in names if self._named(name) is None]
+        if unknown or not names:
+            told = shortened(unknown) or "  it lists none"
+            raise UserError(f"{file}: expected names <part>/<key> of clips; these are none:\n{told}")
+        return names
+
+    def _groups(self) -> NDArray[np.uint64]:
+        found = np.zeros(len(self), np.uint64)
+        for number, part in enumerate(self.parts):
+            own = self._part_of == number
+            found[own] = part.index.groups[self._row_of[own]]
+        return found
+
+    def _problems(self) -> list[str]:
+        return [f"{part.name}/{problem}" for part in self.parts for problem in part.index.problems]
+
+    def _spread(self, count: int) -> list[int]:
+        return np.unique(np.linspace(0, len(self) - 1, count).astype(int)).tolist() if len(self) else []
+
+    def _look_at_videos(self) -> None:
+        """Tell, once for both splits, of entries that are left out and of some videos that are missing; raise UserError
+        if all are, since then the folder is wrong."""
+        if self.split != "train":
+            return
+        if problems := self._problems():
+            logger.warning("entries of %s that cannot be used are left out:\n%s", self.root, shortened(problems))
+        paths = [self._clip(index).path for index in self._spread(LOOKED_AT)]
+        missing = [str(path) for path in paths if not path.exists()]
+        if len(missing) == len(paths):
+            raise UserError(
+                f"data.videos: none of the {len(paths)} videos that were looked for is there:\n{shortened(missing)}"
+            )
+        if missing:
+            logger.warning(
+                "%d of %d videos that were looked for are missing:\n%s", len(missing), len(paths), shortened(missing)
+            )
+
+    def _check_arguments(self) -> None:
+        """Report every argument that makes no sense, together."""
+        counts = {"num_frames": self.num_frames, "height": self.height, "width": self.width}
+        counts |= {"sample_stride": self.sample_stride, "max_subjects_per_sample": self.max_subjects}
+        counts |= {} if self.windows is None else {"windows": self.windows}
+        problems = [f"{name} is {value}, expected at least 1" for name, value in counts.items() if value < 1]
+        if self.target_fps is not None and self.target_fps <= 0:
+            problems.append(f"target_fps is {self.target_fps}, expected more than 0")
+        if self.selection not in SELECTIONS:
+            problems.append(f"subject_selection is {self.selection!r}, expected {', '.join(SELECTIONS)}")
+        if self.background not in ("white", "keep"):
+            problems.append(f"reference_background is {self.background!r}, expected white or keep")
+        if self.split not in ("train", "validation"):
+            problems.append(f"split is {self.split!r}, expected train or validation")
+        area = self.filters.area
+        if area is not None and not 0 <= area[0] <= area[1] <= 1:
+            problems.append(f"subject_area is {area}, expected smallest and largest share, 0 to 1")
+        shares = {"max_bad_fraction": self.max_bad_fraction, "max_overlap": self.filters.overlap}
+        problems += [f"{k} is {v}, expected 0 to 1" for k, v in shares.items() if v is not None and not 0 <= v <= 1]
+        if not isinstance(self.held_out, str) and not 0 <= self.held_out < 1:
+            problems.append(f"held_out is {self.held_out}, expected a share below 1, or a file")
+        if problems:
+            raise UserError(f"data {self.root}:\n" + shortened(problems, limit=len(problems)))
+
+
+class Part(NamedTuple):
+    """One annotation file, and the folder that its paths start from. name: of the file, without its suffix."""
+
+    name: str
+    index: JsonIndex
+    videos: Path
+
+
+class Window(NamedTuple):
+    start: float
+    is_fixed: bool
+
+
+class Clip(NamedTuple):
+    """One entry. name: `<part>/<key>`. path: its video."""
+
+    name: str
+    path: Path
+    about: Annotation
+
+    def box(self, frames: Tensor) -> Box:
+        """The picture without watermarks, in frames (T, C, H, W). Raises BadVideoError if it is not inside."""
+        height, width = frames.shape[-2:]
+        x0, x1, y0, y1 = self.about.crop or (0, width, 0, height)
+        if x1 > width or y1 > height:
+            says = f"crop {list(self.about.crop or ())} of {self.name} (x0, x1, y0, y1)"
+            raise BadVideoError(self.path, f"frames of {width}x{height} pixels; {says} is not in them")
+        return Box(y0, x0, y1 - y0, x1 - x0)
+
+    def identity(self, **decoding: Any) -> str:
+        """Of something that is made from the cropped video."""
+        try:
+            content = file_digest(self.path)
+        except OSError as error:
+            raise BadVideoError(self.path, error.strerror or str(error)) from error
+        return identify(content, decoder=decoder_version("pyav"), crop=self.about.crop, **decoding)
+
+
+class _Picture:
+    """The annotated frame of a clip, decoded at most once."""
+
+    def __init__(self, clip: Clip) -> None:
+        self.clip = clip
+
+    @cached_property
+    def pixels(self) -> NDArray[np.uint8]:
+        """uint8 RGB (h, w, 3), cropped."""
+        with VideoReader(self.clip.path) as video:
+            if self.clip.about.frame >= len(video):
+                raise BadVideoError(
+                    self.clip.path, f"{len(video)} frames; {self.clip.name} is about frame {self.clip.about.frame}"
+                )
+            frames = video.get([self.clip.about.frame])
+        top, left, height, width = self.clip.box(frames)
+        return frames[0, :, top : top + height, left : left + width].permute(1, 2, 0).numpy()
+
+
+class Shown(NamedTuple):
+    """What a reference shows: a subject of a picture, or without one all of it."""
+
+    picture: _Picture
+    subject: Subject | None
+    mask: NDArray[np.bool_] | None
+
+
+class _Reference:
+    """A subject cut out of its picture, at most once for all sizes."""
+
+    def __init__(self, shown: Shown, background: Background) -> None:
+        self.shown, self.background = shown, background
+        subject = shown.subject
+        self.name = f"{shown.picture.clip.name}, " + (f"mask {subject.id}" if subject else "whole frame")
+
+    @cached_property
+    def cutout(self) -> Cutout:
+        picture, mask = self.shown.picture.pixels, self.shown.mask
+        if mask is None:
+            return Cutout(picture, np.ones(picture.shape[:2], bool))
+        if mask.shape != picture.shape[:2]:
+            sizes = ["x".join(map(str, shape)) for shape in (mask.shape, picture.shape[:2])]
+            raise BadVideoError(
+                self.shown.picture.clip.path, f"{self.name} is {sizes[0]}, the cropped picture {sizes[1]}"
+            )
+        return cut_out(picture, mask, self.background)
+
+    def identity(self, size: tuple[int, int]) -> str:
+        clip, subject = self.shown.picture.clip, self.shown.subject
+        mask = None
+        if subject is not None:
+            mask = [subject.id, hashlib.blake2b(subject.counts.encode(), digest_size=8).hexdigest()]
+        return clip.identity(
+            entry=clip.about.key,
+            frame=clip.about.frame,
+            mask=mask,
+            background=self.background,
+            letterbox=list(size),
+            resampler=decoder_version("pillow"),
+        )
+
+
+def _blank(size: tuple[int, int]) -> Source:
+    return Source(identify("white", letterbox=list(size)), partial(blank, *size), "no reference")
+
+
+def find_parts(root: Path, annotations: Sequence[str] | None, videos: Sequence[str] | None) -> list[Part]:
+    """The annotation files with their videos, indexed. Raises UserError for lists of different lengths, files that are
+    not there, and two files of one name."""
+    if annotations is None or videos is None:
+        if annotations is not videos:
+            raise UserError("data.annotations and data.videos go together: give both, or neither")
+        files, folders = _layout(root)
+    else:
+        if len(annotations) != len(videos) or not annotations:
+            raise UserError(
+                f"data.annotations has {len(annotations)} files and data.videos {len(videos)} folders: expected one "
+                "folder for each file, in the same order"
+            )
+        files, folders = ([_below(root, name) for name in names] for names in (annotations, videos))
+    twice = [name for name, count in Counter(file.stem for file in files).items() if count > 1]
+    if twice:
+        raise UserError(f"data.annotations: {twice[0]} is the name of two files; clips are known by it: rename one")
+    version = subject_annotations.VERSION
+    return [
+        Part(file.stem, JsonIndex(file, subject_annotations.judge, version), folder)
+        for file, folder in zip(files, folders, strict=True)
+    ]
+
+
+def _layout(root: Path) -> tuple[list[Path], list[Path]]:
+    for base in (root, root / INSIDE):
+        for annotations, videos in LAYOUTS:
+            files = sorted((base / annotations).glob("*.json"))
+            if files:
+                return files, [base / videos / file.stem for file in files]
+    expected = " or ".join(f"{annotations}/<part>.json with {videos}/<part>/" for annotations, videos in LAYOUTS)
+    raise UserError(f"there are no annotated clips in {root}: expected {expected}, or data.annotations and data.videos")
+
+
+def _below(root: Path, name: str) -> Path:
+    path = Path(name).expanduser()
+    return path if path.exists() else root / path
+
+
+def _hashes(texts: Sequence[str]) -> NDArray[np.uint64]:
+    return np.array([hashed(text) for text in texts], np.uint64)
