@@ -115,10 +115,9 @@ def _build(path: Path, judge: Judge, folder: Path, stamp: tuple[int, int]) -> No
             group = judge(entry.key, entry.value)
         except ValueError as error:
             reason = f"{entry.key}: {error}"
-        for column, value in zip(
-            (offsets, lengths, keys), (entry.offset, entry.length, hashed(entry.key)), strict=True
-        ):
-            column.append(value)
+        offsets.append(entry.offset)
+        lengths.append(entry.length)
+        keys.append(hashed(entry.key))
         groups.append(hashed(group))
         usable.append(reason is None)
         if reason is not None and len(problems) < EXAMPLES:

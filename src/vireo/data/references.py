@@ -32,7 +32,10 @@ def tight_box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int] | None:
 
 
 def cut_out(picture: NDArray[np.uint8], mask: NDArray[np.bool_], background: Background = "white") -> Cutout:
-    """The tight box of a mask (H, W), which must not be empty, in a picture (H, W, 3). background: white, or as it is."""
+    """The tight box of a mask (H, W), which must not be empty, in a picture (H, W, 3).
+
+    background: of the subject in the box, "white", or "keep" for the picture's own.
+    """
     box = tight_box(mask)
     assert box is not None
     inside = slice(box[1], box[3]), slice(box[0], box[2])
@@ -83,9 +86,9 @@ class Augmentation:
         if for_flip < self.flip:
             cutout = Cutout(cutout.picture[:, ::-1], cutout.shown[:, ::-1])
         cutout = _turned(cutout, self.rotation * (2 * for_angle - 1))
-        changes = [1 + self.colour * (2 * u - 1) for u in (b, c, s)]
+        brightness, contrast, saturation = (1 + self.colour * (2 * u - 1) for u in (b, c, s))
         frame = torch.from_numpy(np.ascontiguousarray(cutout.picture)).permute(2, 0, 1)[None]
-        picture = jitter_colors(frame, *changes, hue=0.0)[0].permute(1, 2, 0).numpy()
+        picture = jitter_colors(frame, brightness, contrast, saturation, hue=0.0)[0].permute(1, 2, 0).numpy()
         return _smaller(Cutout(picture, cutout.shown), self.scale + (1 - self.scale) * for_scale)
 
 

@@ -29,6 +29,9 @@ class Filters(NamedTuple):
     with_face: bool = False
 
 
+NO_FILTERS = Filters()
+
+
 class Chosen(NamedTuple):
     subject: Subject
     mask: NDArray[np.bool_]
@@ -38,7 +41,7 @@ def choose(
     annotation: Annotation,
     selection: Selection,
     limit: int | None,
-    filters: Filters = Filters(),
+    filters: Filters = NO_FILTERS,
     prefer_tagged: bool = False,
     draws: Draws | None = None,
     among: Iterable[str] | None = None,

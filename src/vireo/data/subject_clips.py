@@ -1,10 +1,9 @@
 """A subject's picture and a caption give the clip that the subject was cut from: OpenS2V-5M's layout."""
 
-import hashlib
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -13,28 +12,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vireo.data import references, subject_annotations
+from vireo.data import subject_parts
 from vireo.data.clip_sampling import spread_clip
-from vireo.data.json_index import JsonIndex, hashed
+from vireo.data.json_index import hashed
 from vireo.data.listing import shortened
-from vireo.data.references import Augmentation, Background, Cutout, blank, cut_out, letterbox
+from vireo.data.references import Augmentation, Background, blank, letterbox
 from vireo.data.source import Source, identify
-from vireo.data.subject_annotations import Annotation, Subject, cluster
+from vireo.data.subject_annotations import cluster
 from vireo.data.subject_choice import SELECTIONS, Chosen, Filters, Selection, choose
 from vireo.data.subject_pairs import SubjectPairs
+from vireo.data.subject_parts import Clip, below, find_parts
+from vireo.data.subject_references import Picture, Reference, Shown
 from vireo.data.transforms import Box, covering_size, crop_and_resize, crop_centre
-from vireo.digests import file_digest
 from vireo.errors import UserError
 from vireo.randomness import Draws
-from vireo.video_io import BadVideoError, VideoReader, decoder_version
+from vireo.video_io import BadVideoError, VideoReader
 
 logger = logging.getLogger(__name__)
 
-INSIDE = "subject_clips"  # the folder below a root that holds other layouts too, as the mini world does
 CLIP_SIDE = 512  # pixels of a reference before the image encoder's own processor
 LOOKED_AT = 200  # clips that are looked at where looking at all would take hours
-# Folders of the annotations and of each file's videos: OpenS2V-5M's, and those of its demonstration.
-LAYOUTS = (("Jsons/mask_and_bbox", "Videos"), ("demo_result/step5/merge_final_json", "demo_result/step0/videos"))
 
 
 class SubjectClips:
@@ -95,11 +92,8 @@ class SubjectClips:
         self.root, self.num_frames, self.height, self.width = Path(root).expanduser(), num_frames, height, width
         self.split, self.held_out = split, held_out
         self.sample_stride, self.target_fps, self.windows = sample_stride, target_fps, windows
-        self.max_subjects, self.selection, self.prefer_tagged = (
-            max_subjects_per_sample,
-            subject_selection,
-            prefer_tagged,
-        )
+        self.max_subjects, self.selection = max_subjects_per_sample, subject_selection
+        self.prefer_tagged = prefer_tagged
         area = None if subject_area is None else (subject_area[0], subject_area[-1])
         self.filters = Filters(no_background, area, min_text_score, max_overlap, with_face)
         self.background, self.with_mask, self.max_bad_fraction = reference_background, subject_mask, max_bad_fraction
@@ -107,7 +101,7 @@ class SubjectClips:
         self._check_arguments()
 
         self.parts = find_parts(self.root, annotations, videos)
-        self.pairs = None if pairs is None else SubjectPairs(_below(self.root, pairs))
+        self.pairs = None if pairs is None else SubjectPairs(below(self.root, pairs))
         self._part_of, self._row_of = self._chosen()
         self._look_at_videos()
 
@@ -126,7 +120,7 @@ class SubjectClips:
         if self.split == "validation":
             draws = Draws(("validation", clip.name), [0])
         chosen = self._choose(clip, self.max_subjects, draws)
-        shown = [_Reference(one, self.background) for one in self._shown(clip, chosen, draws)]
+        shown = [Reference(one, self.background) for one in self._shown(clip, chosen, draws)]
         window = self._window(clip, draws)
         found: dict[str, Any] = {
             "frames": self._frames(clip, window.start, window.is_fixed),
@@ -152,7 +146,7 @@ class SubjectClips:
             limit = None if self.selection == "random" else self.max_subjects
             draws = Draws("any order", [0])
             chosen = self._choose(clip, limit, draws)
-            references = [_Reference(one, self.background) for one in self._shown(clip, chosen, None)]
+            references = [Reference(one, self.background) for one in self._shown(clip, chosen, None)]
             for field, size in self._sizes.items():
                 found[field] = [self._picture(reference, size, 0, None) for reference in references]
                 if len(chosen) < self.max_subjects:
@@ -172,7 +166,7 @@ class SubjectClips:
             counts[f"{len(chosen)} of {len(clip.about.subjects)}" if chosen else "none: the whole frame"] += 1
         about = {
             "root": str(self.root),
-            "parts": [f"{part.name}: {len(part.index)} entries, {part.videos}" for part in self.parts],
+            "parts": [f"{part.name}: {len(part.entries)} entries, {part.videos}" for part in self.parts],
             "clips": len(self),
             "frames": f"{self.num_frames} of {self.height}x{self.width}, "
             + (f"{self.target_fps:g} a second" if self.target_fps else f"every {self.sample_stride}. of the video"),
@@ -201,27 +195,7 @@ class SubjectClips:
     @staticmethod
     def prepare(root: str | Path, annotations: Sequence[str] | None = None, videos: Sequence[str] | None = None) -> str:
         """For `vireo prepare`: index the annotation files, and look for every video. Returns what to tell."""
-        lines = []
-        for part in find_parts(Path(root).expanduser(), annotations, videos):
-            usable, seconds, frames, missing = np.flatnonzero(part.index.usable).tolist(), 0.0, 0, []
-            subjects: Counter[int] = Counter()
-            for row in usable:
-                about = subject_annotations.parse(*part.index.entry(row))
-                if not (part.videos / about.video).exists():
-                    missing.append(f"{about.key}: there is no {part.videos / about.video}")
-                frames += about.stop - about.start
-                seconds += (about.stop - about.start) / about.fps if about.fps else 0
-                subjects[len(about.subjects)] += 1
-            lines.append(
-                f"{part.index.path}\n  {len(part.index)} entries, {len(usable)} of them usable: {frames} frames, "
-                f"{seconds / 3600:.2f} hours, {sum(n * count for n, count in subjects.items())} masks, "
-                f"{subjects[0]} entries without one"
-            )
-            if part.index.problems:
-                lines.append(f"  left out:\n{shortened(part.index.problems)}")
-            if missing:
-                lines.append(f"  {len(missing)} videos are missing:\n{shortened(missing)}")
-        return "\n".join(lines)
+        return "\n".join(map(subject_parts.report, find_parts(Path(root).expanduser(), annotations, videos)))
 
     # ------------------------------------------------------------------ what a sample shows
 
@@ -229,23 +203,19 @@ class SubjectClips:
     def _sizes(self) -> dict[str, tuple[int, int]]:
         return {"references": (self.height, self.width), "clip_references": (CLIP_SIDE, CLIP_SIDE)}
 
-    def _clip(self, index: int) -> "Clip":
-        return self._of(self.parts[self._part_of[index]], int(self._row_of[index]))
+    def _clip(self, index: int) -> Clip:
+        return self.parts[self._part_of[index]].clip(int(self._row_of[index]))
 
-    def _of(self, part: "Part", row: int) -> "Clip":
-        about = subject_annotations.parse(*part.index.entry(row))
-        return Clip(f"{part.name}/{about.key}", part.videos / about.video, about)
-
-    def _named(self, name: str) -> "Clip | None":
+    def _named(self, name: str) -> Clip | None:
         """The clip `<part>/<key>`, None if it is none of these."""
         for part in self.parts:
             if name.startswith(f"{part.name}/"):
-                row = part.index.row(name.removeprefix(f"{part.name}/"))
+                row = part.entries.row(name.removeprefix(f"{part.name}/"))
                 if row is not None:
-                    return self._of(part, row)
+                    return part.clip(row)
         return None
 
-    def _choose(self, clip: "Clip", limit: int | None, draws: Draws) -> list[Chosen]:
+    def _choose(self, clip: Clip, limit: int | None, draws: Draws) -> list[Chosen]:
         """The subjects in the clip itself; with pairs those that have one, if there are any."""
 
         def chosen(among: Sequence[str] | None) -> list[Chosen]:
@@ -257,9 +227,9 @@ class SubjectClips:
         except ValueError as error:
             raise BadVideoError(clip.path, f"{clip.name}: {error}") from error
 
-    def _shown(self, clip: "Clip", chosen: Sequence[Chosen], draws: Draws | None) -> list["Shown"]:
+    def _shown(self, clip: Clip, chosen: Sequence[Chosen], draws: Draws | None) -> list[Shown]:
         """Where the references are taken from, for each chosen subject one; without draws all that are possible."""
-        own = _Picture(clip)
+        own = Picture(clip)
         if not chosen:
             return [Shown(own, None, None)]
         pairs = {} if self.pairs is None else self.pairs.partners(clip.name, cluster(clip.about.key))
@@ -272,7 +242,7 @@ class SubjectClips:
             shown += found
         return shown
 
-    def _partner(self, name: str, subject: str) -> "Shown | None":
+    def _partner(self, name: str, subject: str) -> Shown | None:
         clip = self._named(name)
         found = next((s for s in clip.about.subjects if s.id == subject), None) if clip is not None else None
         if clip is None or found is None:
@@ -281,16 +251,16 @@ class SubjectClips:
             mask = found.mask()
         except ValueError as error:
             raise BadVideoError(clip.path, f"{name}: mask {subject}: {error}") from error
-        return Shown(_Picture(clip), found, mask) if mask.any() else None
+        return Shown(Picture(clip), found, mask) if mask.any() else None
 
-    def _pictures(self, shown: Sequence["_Reference"], draws: Draws) -> dict[str, list[Source]]:
+    def _pictures(self, shown: Sequence[Reference], draws: Draws) -> dict[str, list[Source]]:
         found = {}
         for field, size in self._sizes.items():
             pictures = [self._picture(reference, size, number, draws) for number, reference in enumerate(shown)]
             found[field] = pictures + [_blank(size)] * (self.max_subjects - len(shown))
         return found
 
-    def _picture(self, reference: "_Reference", size: tuple[int, int], number: int, draws: Draws | None) -> Source:
+    def _picture(self, reference: Reference, size: tuple[int, int], number: int, draws: Draws | None) -> Source:
         augmentation = self.augmentation
 
         def load() -> Tensor:
@@ -301,19 +271,19 @@ class SubjectClips:
 
         return Source(None if augmentation is not None else reference.identity(size), load, reference.name)
 
-    def _window(self, clip: "Clip", draws: Draws) -> "Window":
+    def _window(self, clip: Clip, draws: Draws) -> "Window":
         starts = self._fixed_starts(clip)
         if not starts:
             return Window(float(draws.uniform("start")[0]), is_fixed=False)
         number = int(draws.integers("window", 0, len(starts))[0]) if len(starts) > 1 else 0
         return Window(starts[number], is_fixed=True)
 
-    def _fixed_starts(self, clip: "Clip") -> list[float]:
+    def _fixed_starts(self, clip: Clip) -> list[float]:
         if self.split == "validation":
             return [0.5]
         return [float(Draws(("windows", clip.name), [k]).uniform("start")[0]) for k in range(self.windows or 0)]
 
-    def _frames(self, clip: "Clip", start: float, is_fixed: bool) -> Source:
+    def _frames(self, clip: Clip, start: float, is_fixed: bool) -> Source:
         identity = None
         if is_fixed:
             identity = clip.identity(
@@ -327,15 +297,13 @@ class SubjectClips:
             )
         return Source(identity, partial(self._load, clip, start), clip.name)
 
-    def _load(self, clip: "Clip", start: float) -> Tensor:
+    def _load(self, clip: Clip, start: float) -> Tensor:
         """uint8 RGB (T, 3, height, width)."""
         about = clip.about
         with VideoReader(clip.path) as video:
             first, stop = min(about.start, len(video)), min(about.stop, len(video))
             if first == stop:
-                raise BadVideoError(
-                    clip.path, f"{len(video)} frames; {clip.name} is frames {about.start} to {about.stop}"
-                )
+                raise BadVideoError(clip.path, f"{stop} frames; {clip.name} begins at frame {about.start}")
             step: float = self.sample_stride
             if self.target_fps is not None:
                 step = (about.fps or video.fps) / self.target_fps
@@ -349,7 +317,7 @@ class SubjectClips:
         size = covering_size((box.height, box.width), (self.height, self.width))
         return crop_centre(crop_and_resize(frames, box, *size), self.height, self.width)
 
-    def _mask(self, clip: "Clip", chosen: Sequence[Chosen]) -> Tensor:
+    def _mask(self, clip: Clip, chosen: Sequence[Chosen]) -> Tensor:
         if not chosen:
             return torch.ones(1, 1, self.height, self.width, dtype=torch.uint8)
         mask = torch.from_numpy(np.logical_or.reduce([one.mask for one in chosen]))
@@ -360,9 +328,9 @@ class SubjectClips:
 
     def _chosen(self) -> tuple[NDArray[np.uint16], NDArray[np.int32]]:
         """Part and row of each clip of this split; 6 bytes a clip, so that parts of millions fit into every worker."""
-        rows = [np.flatnonzero(part.index.usable).astype(np.int32) for part in self.parts]
+        rows = [np.flatnonzero(part.entries.usable).astype(np.int32) for part in self.parts]
         parts = np.repeat(np.arange(len(rows), dtype=np.uint16), [len(some) for some in rows])
-        groups = np.concatenate([part.index.groups[some] for part, some in zip(self.parts, rows, strict=True)])
+        groups = np.concatenate([part.entries.groups[some] for part, some in zip(self.parts, rows, strict=True)])
         if not len(groups):
             told = shortened(self._problems())
             raise UserError(f"no clip of {self.root} can be used:\n{told or '  the annotation files are empty'}")
@@ -374,12 +342,12 @@ class SubjectClips:
     def _held_out_groups(self, groups: NDArray[np.uint64]) -> NDArray[np.uint64]:
         """Hashes of the source videos that are held out: the lowest, at least one of several, but never all."""
         if isinstance(self.held_out, str):
-            return _hashes([cluster(name.partition("/")[2]) for name in self._listed(_below(self.root, self.held_out))])
+            return _hashes([cluster(name.partition("/")[2]) for name in self._listed(below(self.root, self.held_out))])
         known = np.unique(groups)
         if self.held_out == 0 or len(known) < 2:
             return known[:0]
-        below = int((known < np.uint64(int(self.held_out * 2**64))).sum())
-        return known[: min(max(below, 1), len(known) - 1)]
+        count = int((known < np.uint64(int(self.held_out * 2**64))).sum())
+        return known[: min(max(count, 1), len(known) - 1)]
 
     def _listed(self, file: Path) -> list[str]:
         if not file.is_file():
@@ -395,11 +363,11 @@ class SubjectClips:
         found = np.zeros(len(self), np.uint64)
         for number, part in enumerate(self.parts):
             own = self._part_of == number
-            found[own] = part.index.groups[self._row_of[own]]
+            found[own] = part.entries.groups[self._row_of[own]]
         return found
 
     def _problems(self) -> list[str]:
-        return [f"{part.name}/{problem}" for part in self.parts for problem in part.index.problems]
+        return [f"{part.name}/{problem}" for part in self.parts for problem in part.entries.problems]
 
     def _spread(self, count: int) -> list[int]:
         return np.unique(np.linspace(0, len(self) - 1, count).astype(int)).tolist() if len(self) else []
@@ -413,14 +381,11 @@ class SubjectClips:
             logger.warning("entries of %s that cannot be used are left out:\n%s", self.root, shortened(problems))
         paths = [self._clip(index).path for index in self._spread(LOOKED_AT)]
         missing = [str(path) for path in paths if not path.exists()]
+        told = f"of {len(paths)} videos that were looked for are missing:\n{shortened(missing)}"
         if len(missing) == len(paths):
-            raise UserError(
-                f"data.videos: none of the {len(paths)} videos that were looked for is there:\n{shortened(missing)}"
-            )
+            raise UserError(f"data.videos: all {told}")
         if missing:
-            logger.warning(
-                "%d of %d videos that were looked for are missing:\n%s", len(missing), len(paths), shortened(missing)
-            )
+            logger.warning("%d %s", len(missing), told)
 
     def _check_arguments(self) -> None:
         """Report every argument that makes no sense, together."""
@@ -447,147 +412,13 @@ class SubjectClips:
             raise UserError(f"data {self.root}:\n" + shortened(problems, limit=len(problems)))
 
 
-class Part(NamedTuple):
-    """One annotation file, and the folder that its paths start from. name: of the file, without its suffix."""
-
-    name: str
-    index: JsonIndex
-    videos: Path
-
-
 class Window(NamedTuple):
     start: float
     is_fixed: bool
 
 
-class Clip(NamedTuple):
-    """One entry. name: `<part>/<key>`. path: its video."""
-
-    name: str
-    path: Path
-    about: Annotation
-
-    def box(self, frames: Tensor) -> Box:
-        """The picture without watermarks, in frames (T, C, H, W). Raises BadVideoError if it is not inside."""
-        height, width = frames.shape[-2:]
-        x0, x1, y0, y1 = self.about.crop or (0, width, 0, height)
-        if x1 > width or y1 > height:
-            says = f"crop {list(self.about.crop or ())} of {self.name} (x0, x1, y0, y1)"
-            raise BadVideoError(self.path, f"frames of {width}x{height} pixels; {says} is not in them")
-        return Box(y0, x0, y1 - y0, x1 - x0)
-
-    def identity(self, **decoding: Any) -> str:
-        """Of something that is made from the cropped video."""
-        try:
-            content = file_digest(self.path)
-        except OSError as error:
-            raise BadVideoError(self.path, error.strerror or str(error)) from error
-        return identify(content, decoder=decoder_version("pyav"), crop=self.about.crop, **decoding)
-
-
-class _Picture:
-    """The annotated frame of a clip, decoded at most once."""
-
-    def __init__(self, clip: Clip) -> None:
-        self.clip = clip
-
-    @cached_property
-    def pixels(self) -> NDArray[np.uint8]:
-        """uint8 RGB (h, w, 3), cropped."""
-        with VideoReader(self.clip.path) as video:
-            if self.clip.about.frame >= len(video):
-                raise BadVideoError(
-                    self.clip.path, f"{len(video)} frames; {self.clip.name} is about frame {self.clip.about.frame}"
-                )
-            frames = video.get([self.clip.about.frame])
-        top, left, height, width = self.clip.box(frames)
-        return frames[0, :, top : top + height, left : left + width].permute(1, 2, 0).numpy()
-
-
-class Shown(NamedTuple):
-    """What a reference shows: a subject of a picture, or without one all of it."""
-
-    picture: _Picture
-    subject: Subject | None
-    mask: NDArray[np.bool_] | None
-
-
-class _Reference:
-    """A subject cut out of its picture, at most once for all sizes."""
-
-    def __init__(self, shown: Shown, background: Background) -> None:
-        self.shown, self.background = shown, background
-        subject = shown.subject
-        self.name = f"{shown.picture.clip.name}, " + (f"mask {subject.id}" if subject else "whole frame")
-
-    @cached_property
-    def cutout(self) -> Cutout:
-        picture, mask = self.shown.picture.pixels, self.shown.mask
-        if mask is None:
-            return Cutout(picture, np.ones(picture.shape[:2], bool))
-        if mask.shape != picture.shape[:2]:
-            sizes = ["x".join(map(str, shape)) for shape in (mask.shape, picture.shape[:2])]
-            raise BadVideoError(
-                self.shown.picture.clip.path, f"{self.name} is {sizes[0]}, the cropped picture {sizes[1]}"
-            )
-        return cut_out(picture, mask, self.background)
-
-    def identity(self, size: tuple[int, int]) -> str:
-        clip, subject = self.shown.picture.clip, self.shown.subject
-        mask = None
-        if subject is not None:
-            mask = [subject.id, hashlib.blake2b(subject.counts.encode(), digest_size=8).hexdigest()]
-        return clip.identity(
-            entry=clip.about.key,
-            frame=clip.about.frame,
-            mask=mask,
-            background=self.background,
-            letterbox=list(size),
-            resampler=decoder_version("pillow"),
-        )
-
-
 def _blank(size: tuple[int, int]) -> Source:
     return Source(identify("white", letterbox=list(size)), partial(blank, *size), "no reference")
-
-
-def find_parts(root: Path, annotations: Sequence[str] | None, videos: Sequence[str] | None) -> list[Part]:
-    """The annotation files with their videos, indexed. Raises UserError for lists of different lengths, files that are
-    not there, and two files of one name."""
-    if annotations is None or videos is None:
-        if annotations is not videos:
-            raise UserError("data.annotations and data.videos go together: give both, or neither")
-        files, folders = _layout(root)
-    else:
-        if len(annotations) != len(videos) or not annotations:
-            raise UserError(
-                f"data.annotations has {len(annotations)} files and data.videos {len(videos)} folders: expected one "
-                "folder for each file, in the same order"
-            )
-        files, folders = ([_below(root, name) for name in names] for names in (annotations, videos))
-    twice = [name for name, count in Counter(file.stem for file in files).items() if count > 1]
-    if twice:
-        raise UserError(f"data.annotations: {twice[0]} is the name of two files; clips are known by it: rename one")
-    version = subject_annotations.VERSION
-    return [
-        Part(file.stem, JsonIndex(file, subject_annotations.judge, version), folder)
-        for file, folder in zip(files, folders, strict=True)
-    ]
-
-
-def _layout(root: Path) -> tuple[list[Path], list[Path]]:
-    for base in (root, root / INSIDE):
-        for annotations, videos in LAYOUTS:
-            files = sorted((base / annotations).glob("*.json"))
-            if files:
-                return files, [base / videos / file.stem for file in files]
-    expected = " or ".join(f"{annotations}/<part>.json with {videos}/<part>/" for annotations, videos in LAYOUTS)
-    raise UserError(f"there are no annotated clips in {root}: expected {expected}, or data.annotations and data.videos")
-
-
-def _below(root: Path, name: str) -> Path:
-    path = Path(name).expanduser()
-    return path if path.exists() else root / path
 
 
 def _hashes(texts: Sequence[str]) -> NDArray[np.uint64]:

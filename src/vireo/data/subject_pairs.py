@@ -1,4 +1,4 @@
-"""Pairs of one subject in two clips: the picture of the one is the reference of the other (OpenS2V's cross-frame pairs).
+"""Pairs of one subject in two clips, OpenS2V's cross-frame pairs: a picture of the one is the other's reference.
 
 A folder has `final_output/<cluster>.json`, a list of {cur_id, aft_id, cur_class_id, aft_class_id, …} for every cluster,
 whose clips were cut from one video. Ids are `<part>/<key>`, class ids those of the masks.
