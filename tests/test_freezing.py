@@ -1,4 +1,5 @@
 import pytest
+import torch
 from torch import nn
 
 from vireo.errors import UserError
@@ -16,6 +17,13 @@ def test_exactly_the_matching_parameters_learn():
     network = Two()
     FreezePolicy([r"^decoder\."])(network)
     assert {n for n, p in network.named_parameters() if p.requires_grad} == {"decoder.0.weight", "decoder.0.bias"}
+
+
+def test_what_learns_is_float32_and_what_is_frozen_stays_small():
+    network = Two().to(torch.bfloat16)
+    FreezePolicy([r"^decoder\."])(network)
+    assert {p.dtype for p in network.decoder.parameters()} == {torch.float32}
+    assert {p.dtype for p in network.encoder.parameters()} == {torch.bfloat16}
 
 
 def test_a_pattern_without_a_match_is_an_error_that_names_what_there_is():

@@ -11,6 +11,8 @@ from vireo.errors import UserError
 class FreezePolicy:
     """Trains exactly the parameters whose names match one of the patterns; freezes every other one.
 
+    What learns becomes float32, since updates would be rounded away in half precision; what is frozen stays as it is.
+
     train: regular expressions, searched in parameter names (`'^unet\\.'`, `'motion_modules'`). A pattern without a
     match is an error, since a misspelt one would silently train nothing, or everything.
     groups: named optimizer groups with a learning rate of their own, {name: {match: pattern, lr_scale: factor}};
@@ -22,7 +24,10 @@ class FreezePolicy:
         self.groups_by_name = dict(groups or {})
 
     def __call__(self, network: nn.Module) -> None:
-        """Set `requires_grad` of every parameter, in place. Raises UserError for a pattern that matches nothing."""
+        """Set `requires_grad` of every parameter, in place; see the class.
+
+        Raises UserError for a pattern that matches nothing.
+        """
         names = [name for name, _ in network.named_parameters()]
         for pattern in [*self.train, *(group["match"] for group in self.groups_by_name.values())]:
             if not any(re.search(pattern, name) for name in names):
@@ -33,6 +38,8 @@ class FreezePolicy:
                 )
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(any(re.search(pattern, name) for pattern in self.train))
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
 
     def groups(self, network: nn.Module, lr: float) -> list[dict]:
         """Optimizer groups of the trained parameters: {name, lr, params: [(parameter name, parameter), …]}."""

@@ -56,7 +56,15 @@ class Draws:
 
     def once_integer(self, purpose: str, low: int, high: int) -> int:
         """One integer in [low, high) for the whole step, the same on every rank and for every sample."""
-        return int(torch.randint(low, high, (), generator=generator(self.seed, purpose, ("step", self.step))))
+        return int(torch.randint(low, high, (), generator=self._of_step(purpose)))
+
+    def once_uniform(self, purpose: str) -> float:
+        """One number in [0, 1) for the whole step, as `once_integer`."""
+        return float(torch.rand((), generator=self._of_step(purpose)))
+
+    def once_normal(self, purpose: str) -> float:
+        """One standard normal number for the whole step, as `once_integer`."""
+        return float(torch.randn((), generator=self._of_step(purpose)))
 
     def generators(self, purpose: str) -> list[torch.Generator]:
         """One fresh CPU generator a sample, for what draws by itself, as diffusers' schedulers do. Not pinned."""
@@ -70,6 +78,9 @@ class Draws:
         pinned = Draws(self.seed, self.positions, self.device, self.step)
         pinned.pins = {**self.pins, **pins}
         return pinned
+
+    def _of_step(self, purpose: str) -> torch.Generator:
+        return generator(self.seed, purpose, ("step", self.step))
 
     def _rows(self, purpose: str, draw) -> Tensor:
         if purpose in self.pins:

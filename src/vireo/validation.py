@@ -84,15 +84,18 @@ def score_clips(
                 log.warning("a held-out clip cannot be read, another is scored in its place: %s: %s", path, reason)
             rates, tasks = (batch.get(field, [None] * len(some)) for field in ("fps", "task"))
             batch = encoder(batch, draws)
-            losses = [_loss(loss, network, batch, draws, row) for row in range(len(some))]
             columns = sampler(network, encoder, batch, draws)
-            baselines = sampler.baselines(batch) if "target" in columns else {}
+            has_truth = "target" in columns
+            losses = [_loss(loss, network, batch, draws, row) for row in range(len(some))] if has_truth else []
+            baselines = sampler.baselines(batch) if has_truth else {}
             figures = sampler.measure(network, encoder, batch, {**columns, **baselines})
             for row, (index, name, fps, task) in enumerate(zip(some, names, rates, tasks, strict=True)):
                 shown = {title: to_uint8(video[row], low=0).cpu() for title, video in columns.items()}
-                measures = {"loss": losses[row], **{n: float(v[row]) for n, v in figures.items()}}
+                measures = {n: float(v[row]) for n, v in figures.items()}
+                if losses:
+                    measures = {"loss": losses[row], **measures}
                 for title, video in {**columns, **baselines}.items():
-                    if title not in unscored and "target" in columns and video.shape == columns["target"].shape:
+                    if title not in unscored and has_truth and video.shape == columns["target"].shape:
                         prefix = "" if title == "prediction" else f"{title}/"
                         for measure, values in measure_video(video[row], columns["target"][row]).items():
                             measures[prefix + measure] = values

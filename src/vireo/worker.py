@@ -258,6 +258,8 @@ class Run:
     def _note_best(self, step: int) -> bool:
         """Whether this validation is the best so far, by `validation.metric`."""
         settings = self.settings["validation"]
+        if not self.figures:  # held-out prompts without videos: there is nothing to compare with
+            return False
         name = f"validation/{settings['metric']}"
         if name not in self.figures:
             raise UserError(

@@ -1,12 +1,16 @@
 """The table of noise levels against diffusers' own, and predictions there and back."""
 
+import json
+from pathlib import Path
+
 import diffusers
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
-from vireo.diffusion.noise_schedule import PREDICTION_TYPES, NoiseSchedule
+from vireo.diffusion.noise_schedule import PREDICTION_TYPES, NoiseSchedule, saved_in
 from vireo.errors import UserError
 
 SCHEDULES = st.builds(
@@ -130,3 +134,41 @@ def test_schedulers_that_cannot_follow_are_refused():
         NoiseSchedule(snr_shift_scale=3.0).scheduler("DDIMScheduler")
     with pytest.raises(UserError, match="does not take eta"):
         NoiseSchedule().scheduler("DDIMScheduler", eta=1)
+
+
+def test_a_pipelines_table_is_read_from_its_folder(tmp_path):
+    given = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    diffusers.CogVideoXDDIMScheduler(**given).save_pretrained(tmp_path / "scheduler")
+    file = tmp_path / "scheduler" / "scheduler_config.json"
+    short = {name: value for name, value in json.loads(file.read_text()).items() if name != "snr_shift_scale"}
+    file.write_text(json.dumps(short))
+    found = saved_in(str(tmp_path))
+    assert found.settings["snr_shift_scale"] == 3.0, "the default of that scheduler, not ours"
+    assert found.settings["rescale_betas_zero_snr"] and found.prediction_type == "v_prediction"
+    with pytest.raises(UserError, match=r"there is no .*scheduler_config.json"):
+        saved_in(str(tmp_path / "scheduler"))
+
+
+@pytest.mark.parametrize("shift", [1, 3])
+def test_the_table_of_cogvideox(shift):
+    golden = load_file(Path(__file__).parents[1] / "golden" / "cogvideox" / "train_loss.safetensors")
+    table = golden[f"scheduler/alphas_cumprod_shift{shift}"].float()
+    schedule = NoiseSchedule(prediction_type="v_prediction", snr_shift_scale=shift, rescale_betas_zero_snr=True)
+    torch.testing.assert_close(schedule.alphas_cumprod, table, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_min_snr_weighs_the_same_error_whatever_is_predicted(kind):
+    schedule, timesteps = NoiseSchedule(prediction_type=kind), torch.arange(0, 1000, 37)
+    clean, noise = tensors(len(timesteps), 16)
+    noisy = schedule.add_noise(clean, noise, timesteps)
+    wrong = schedule.target(clean, noise, timesteps) + 0.1
+    errors = (schedule.to_clean(wrong, noisy, timesteps) - clean).square().mean(1)
+    weights = schedule.min_snr_weights(timesteps, 5.0)
+    snr = schedule.alphas_cumprod[timesteps] / (1 - schedule.alphas_cumprod[timesteps])
+    torch.testing.assert_close(weights * 0.01, errors * snr.clamp(max=5.0), rtol=1e-2, atol=1e-5)
+
+
+def test_min_snr_of_pure_noise_is_zero():
+    schedule = NoiseSchedule(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    assert schedule.min_snr_weights(torch.tensor([999]), 5.0).tolist() == [0.0]

@@ -204,6 +204,91 @@ def test_a_text_without_a_null_is_told():
         loss(condition_dropout=0.1)(Given(), data, Draws(0, [0, 1]))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Timesteps and weights
+
+
+def test_timesteps_of_a_range_only():
+    network, data = Given(), {"latents": torch.zeros(300, 1)}
+    for sampling in ("uniform", "logit_normal"):
+        some = Denoising(NoiseSchedule(), [], timestep_sampling=sampling, timestep_range=[400, 404])
+        some(network, data, Draws(0, range(300)))
+        assert set(network.timesteps.tolist()) == {400, 401, 402, 403}, sampling
+
+
+def test_logit_normal_timesteps_are_validated_on_the_same_grid():
+    objective, network = loss(timestep_sampling="logit_normal"), Given()
+    objective.learning = False
+    for point in objective.grid:
+        objective(network, batch(), Draws(0, [0, 1]).pinned(point))
+        assert network.timesteps.tolist() == [point["timestep"]] * 2
+
+
+def test_min_snr_weighs_samples_while_learning():
+    data, draws, network = batch(), Draws(0, [3, 8]), Given()
+    plain, weighted = loss("v_prediction"), loss("v_prediction", min_snr_gamma=5.0)
+    each = [
+        plain(network, {n: v[row : row + 1] for n, v in data.items()}, Draws(0, [position])).total
+        for row, position in enumerate(draws.positions)
+    ]
+    total = weighted(network, data, draws).total
+    weights = NoiseSchedule(prediction_type="v_prediction").min_snr_weights(network.timesteps, 5.0)
+    torch.testing.assert_close(total, (torch.stack(each) * weights).mean())
+    weighted.learning = False
+    torch.testing.assert_close(weighted(network, data, draws).total, torch.stack(each).mean())
+
+
+def test_padding_can_be_left_out():
+    data = {"latents": torch.randn(2, 4, 3, 2, 2, generator=torch.Generator().manual_seed(0))}
+    padded = {**data, "padding_frames": torch.tensor([1, 1])}
+    without = Denoising(NoiseSchedule(prediction_type="sample"), [], skip_padding=True)
+    total = without(Given(), padded, Draws(0, [0, 1])).total
+    torch.testing.assert_close(total, data["latents"][:, :, 1:].square().mean())
+    whole = Denoising(NoiseSchedule(prediction_type="sample"), [])(Given(), padded, Draws(0, [0, 1])).total
+    torch.testing.assert_close(whole, data["latents"].square().mean())
+
+
+def test_each_range_of_timesteps_has_a_figure():
+    objective = Denoising(NoiseSchedule(), [], timestep_bins=4)
+    plain, network, data = Denoising(NoiseSchedule(), []), Given(), {"latents": torch.zeros(8, 3)}
+    first = objective(network, data, Draws(0, range(8)))
+    assert list(first.metrics) == ["loss_t0_249", "loss_t250_499", "loss_t500_749", "loss_t750_999"]
+    torch.testing.assert_close(first.total, plain(network, data, Draws(0, range(8))).total)
+    noise, bins = Draws(0, range(8)).normal("noise", 3), network.timesteps // 250
+    for place, value in enumerate(first.metrics.values()):
+        mine = noise[bins == place].square()
+        torch.testing.assert_close(value, mine.mean() if len(mine) else torch.tensor(0.0))
+    other = Denoising(NoiseSchedule(), [], timestep_bins=4)
+    other.load_state_dict(objective.state_dict())
+    one, two = (each(network, data, Draws(0, range(8, 16))).metrics for each in (objective, other))
+    assert one == two, "a resumed run goes on with the same averages"
+    objective.learning = False
+    assert objective(network, data, Draws(0, [0] * 8)).metrics == {}
+    with pytest.raises(ValueError, match="set loss.timestep_bins"):
+        Denoising(NoiseSchedule(), [], timestep_bins=3).load_state_dict(objective.state_dict())
+
+
+def test_a_sample_that_is_not_finite_spoils_no_figure():
+    objective = Denoising(NoiseSchedule(prediction_type="sample"), [], timestep_bins=1)
+    data = {"latents": torch.tensor([[1.0], [torch.inf]])}
+    assert objective(Given(), data, Draws(0, [0, 1])).metrics["loss_t0_999"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"timestep_sampling": "cosine"}, "uniform or logit_normal"),
+        ({"timestep_range": [500, 500]}, "the smaller one first"),
+        ({"timestep_range": [0, 1001]}, "from 0 to 1000"),
+        ({"min_snr_gamma": 0.0}, "above 0"),
+        ({"timestep_bins": -1}, "at least 0"),
+    ],
+)
+def test_timesteps_and_weights_that_cannot_be(arguments, message):
+    with pytest.raises(UserError, match=message):
+        loss(**arguments)
+
+
 def test_the_loss_falls_for_a_network_that_learns():
     network = torch.nn.Conv2d(4, 4, 1)
     optimizer = torch.optim.Adam(network.parameters(), lr=0.02)

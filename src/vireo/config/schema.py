@@ -218,12 +218,14 @@ TARGET_GROUPS = {
     "tracker": False,
 }
 
-# Nodes of `model`, and whether a run needs them. `noise_schedule` and `inputs` are there to be interpolated; `checks`
-# holds functions that judge the config before torch is imported, `evaluations` what only `vireo evaluate` measures.
+# Nodes of `model`, and whether a run needs them. `pipeline` (a folder), `noise_schedule` and `inputs` are there to be
+# interpolated; `checks` holds functions that judge the config before torch is imported, `evaluations` what only
+# `vireo evaluate` measures.
 MODEL_NODES = {
     "network": True,
     "encoder": True,
     "sampler": True,
+    "pipeline": False,
     "noise_schedule": False,
     "inputs": False,
     "checks": False,

@@ -155,7 +155,7 @@ class Stream(TorchDataset):
             by_field.setdefault(field, []).append(output)
         for field, outputs in by_field.items():
             text = literal(field)
-            values = [text] * len(samples) if text is not None else [sample[field] for sample in samples]
+            values = [text] * len(samples) if text is not None else [sample.get(field) for sample in samples]
             found = list(_all_cached(self.cache, outputs, values))
             if len(found) == len(samples):
                 for row, one in zip(rows, found, strict=True):

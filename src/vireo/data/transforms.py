@@ -7,13 +7,16 @@ OpenCV's area filter; float frames take 7 times as long.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, pad
 
 from vireo.randomness import Draws
+
+RESAMPLER = "torch bilinear, antialiased"  # for identities of what is cached
+Resize = Literal["crop", "pad", "stretch"]
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in torchvision's rgb_to_grayscale
 
@@ -83,6 +86,35 @@ def crop_centre(frames: Tensor, height: int, width: int) -> Tensor:
     """A view of the middle, (..., H, W) -> (..., height, width), at torchvision's place: halves go to the even one."""
     top, left = round((frames.shape[-2] - height) / 2), round((frames.shape[-1] - width) / 2)
     return frames[..., top : top + height, left : left + width]
+
+
+def resize(frames: Tensor, height: int, width: int, how: Resize = "crop") -> Tensor:
+    """Whole frames brought to a size, up or down: uint8 (T, C, H, W) -> uint8 (T, C, height, width).
+
+    how: "crop" scales until the size is filled and cuts what is too much on both sides alike; "pad" scales until
+    everything is inside and leaves the rest black; "stretch" changes the aspect ratio, as the published CogVideoX
+    loader does. Of a frame alone it makes what it makes of it in a clip.
+    """
+    _, _, *size = frames.shape
+    if how == "crop":
+        return crop_and_resize(frames, filled_box(size, (height, width)), height, width)
+    inside = padded_size(size, (height, width)) if how == "pad" else (height, width)
+    if inside != tuple(size):
+        frames = interpolate(frames, inside, mode="bilinear", antialias=True)
+    top, left = (height - inside[0]) // 2, (width - inside[1]) // 2
+    return pad(frames, (left, width - inside[1] - left, top, height - inside[0] - top))
+
+
+def filled_box(frame: Sequence[int], target: Sequence[int]) -> Box:
+    """The largest box of the target's aspect ratio inside the frame, in the middle, however small the frame is."""
+    scale = min(frame[0] / target[0], frame[1] / target[1])
+    return _centred(frame, (max(1, round(scale * target[0])), max(1, round(scale * target[1]))))
+
+
+def padded_size(frame: Sequence[int], target: Sequence[int]) -> tuple[int, int]:
+    """Size of the whole frame when it is scaled until it touches the target's borders from inside."""
+    scale = min(target[0] / frame[0], target[1] / frame[1])
+    return max(1, round(scale * frame[0])), max(1, round(scale * frame[1]))
 
 
 def _crop(frames: Tensor, box: Box) -> Tensor:

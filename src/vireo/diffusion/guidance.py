@@ -1,4 +1,4 @@
-"""Guidance with two scales, for a network that is conditioned on pictures and on text."""
+"""Guidance by what conditions change in a prediction: of a text, or of pictures and a text with two scales."""
 
 import math
 from collections.abc import Mapping
@@ -7,6 +7,52 @@ import torch
 from torch import Tensor
 
 from vireo.errors import UserError
+
+
+class TextGuidance:
+    """e(-) + scale (e(T) - e(-)): classifier-free guidance, Ho and Salimans 2022 (https://arxiv.org/abs/2207.12598).
+
+    scale: any finite number; with 1 the network is asked without a null text, once. dynamic: the number of inference
+    steps, for a scale that changes with the timestep as `use_dynamic_cfg` of diffusers' CogVideoX pipelines; None: it
+    stays. Raises UserError if the scale is not finite.
+    """
+
+    def __init__(self, scale: float, dynamic: int | None = None) -> None:
+        if not math.isfinite(scale):
+            raise UserError(f"a guidance scale must be a finite number, got guidance_scale={scale}")
+        self.scale, self.dynamic = float(scale), dynamic
+        self.passes = 1 if self.scale == 1 and dynamic is None else 2
+
+    def conditions(
+        self, others: Mapping[str, Tensor], text: Mapping[str, Tensor], null_text: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The network's conditions for all passes as one batch, (passes * B, ...) for each (B, ...).
+
+        others: the same in each pass. text, null_text: the same names in both.
+        """
+        repeated = {name: self.repeat(value) for name, value in others.items()}
+        if self.passes == 1:
+            return repeated | dict(text)
+        return repeated | {name: torch.cat([null_text[name], value]) for name, value in text.items()}
+
+    def repeat(self, values: Tensor) -> Tensor:
+        """(B, ...) -> (passes * B, ...), the same for each pass."""
+        return torch.cat([values] * self.passes)
+
+    def combine(self, predictions: Tensor, timestep: Tensor) -> Tensor:
+        """(passes * B, ...) -> (B, ...). timestep: the scheduler's, a scalar."""
+        if self.passes == 1:
+            return predictions
+        without, with_text = predictions.chunk(2)
+        return without + self.at(int(timestep)) * (with_text - without)
+
+    def at(self, timestep: int) -> float:
+        """The scale at a timestep."""
+        if self.dynamic is None:
+            return self.scale
+        # The formula mixes the timestep (to 999) and the number of steps; pipelines and published samples have it so.
+        return 1 + self.scale * (1 - math.cos(math.pi * ((self.dynamic - timestep) / self.dynamic) ** 5.0)) / 2
+
 
 TEXT_AND_IMAGE, IMAGE, NEITHER = "text and image", "image", "neither"
 
@@ -55,8 +101,8 @@ class TwoScaleGuidance:
         """(B, ...) -> (passes * B, ...), the same for each pass."""
         return torch.cat([values] * len(self.passes))
 
-    def combine(self, predictions: Tensor) -> Tensor:
-        """(passes * B, ...) -> (B, ...)."""
+    def combine(self, predictions: Tensor, timestep: Tensor | None = None) -> Tensor:
+        """(passes * B, ...) -> (B, ...), the same at every timestep."""
         parts = dict(zip(self.passes, predictions.chunk(len(self.passes)), strict=True))
         if len(parts) == 3:  # in this order of summation it is bit-equal to diffusers' pipeline
             whole, image, neither = parts.values()

@@ -9,6 +9,8 @@ the SNR: CogVideoX (https://arxiv.org/abs/2408.06072). Names and defaults are th
 """
 
 import inspect
+import json
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -102,6 +104,17 @@ class NoiseSchedule:
             return ((noisy - sigma * prediction) / signal).to(noisy.dtype)
         return (signal * noisy - sigma * prediction).to(noisy.dtype)
 
+    def min_snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
+        """Weights of the squared error at each timestep, float32 (B,), by Hang et al. 2023 (arXiv:2303.09556).
+
+        min(SNR, gamma), the weight of the clean sample's error, in terms of what is predicted: divided by SNR for the
+        noise and by SNR + 1 for the velocity. Where nothing of the signal is left it is 0.
+        """
+        left = self.alphas_cumprod.to(timesteps.device)[timesteps].double()
+        snr = left / (1 - left)
+        divisor = {"epsilon": snr.clamp(min=1e-12), "v_prediction": snr + 1, "sample": torch.ones_like(snr)}
+        return (snr.clamp(max=gamma) / divisor[self.prediction_type]).float()
+
     def scheduler(self, name: str, **settings: Any) -> Any:
         """diffusers' scheduler of class `name` (DDIMScheduler, EulerAncestralDiscreteScheduler, …) on this table.
 
@@ -134,3 +147,22 @@ class NoiseSchedule:
         self.alphas_cumprod = self.alphas_cumprod.to(like.device)  # moved once
         left = self.alphas_cumprod[timesteps.to(like.device)].view(-1, *[1] * (like.ndim - 1))
         return left.sqrt(), (1 - left).sqrt()
+
+
+def saved_in(pipeline: str) -> NoiseSchedule:
+    """The table of a pipeline's folder, from its scheduler/scheduler_config.json.
+
+    What the file leaves out has the defaults of diffusers' class. Raises UserError where there is no such file.
+    """
+    import diffusers
+
+    file = Path(pipeline).expanduser() / "scheduler" / "scheduler_config.json"
+    if not file.is_file():
+        raise UserError(
+            f"model.noise_schedule: there is no {file}, which says what the weights were trained with. Fetch the "
+            "whole folder of the pipeline."
+        )
+    said = json.loads(file.read_text(encoding="utf-8"))
+    kind = getattr(diffusers, said.get("_class_name", "DDIMScheduler"))
+    said, known = kind.from_config(said).config, inspect.signature(NoiseSchedule).parameters
+    return NoiseSchedule(**{name: value for name, value in said.items() if name in known})

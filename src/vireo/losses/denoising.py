@@ -6,13 +6,16 @@ Salimans 2022 (https://arxiv.org/abs/2207.12598); of texts and pictures together
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vireo.diffusion.noise_schedule import NoiseSchedule
+from vireo.diffusion.timesteps import logit_normal
 from vireo.errors import UserError
+from vireo.losses.loss_by_timestep import LossByTimestep
 from vireo.losses.objective import Loss, Objective
 from vireo.randomness import Draws
 
@@ -31,9 +34,14 @@ class Denoising(Loss):
         those are texts that have a twin `null_<name>` in the batch, whose rows take the place of dropped ones.
     history_dropout: probability that of image inputs (B, N, ...) all frames but the last are zero, by another draw: a
         network that sees this can also start where fewer frames are known.
+    timestep_sampling: "uniform" over `timestep_range`, or "logit_normal", more often in its middle than at its ends.
+    timestep_range: the first timestep, and the one after the last; None: all of the schedule's.
+    min_snr_gamma: weighs samples by `NoiseSchedule.min_snr_weights`; None: all alike.
+    skip_padding: leaves out of the mean the leading latent frames that `padding_frames` of the batch calls padding.
+    timestep_bins: how many equal ranges of timesteps have a figure of their own, see `LossByTimestep`; 0: none.
 
-    Validation (`learning` false) drops nothing and asks at five fixed timesteps (`grid`).
-    Raises UserError for probabilities out of range and names that are not there.
+    Validation (`learning` false) drops nothing, weighs nothing and asks at five fixed timesteps (`grid`).
+    Raises UserError for values out of range and names that are not there.
     """
 
     def __init__(
@@ -43,6 +51,11 @@ class Denoising(Loss):
         condition_dropout: float = 0.0,
         image_inputs: Sequence[str] = (),
         history_dropout: float = 0.0,
+        timestep_sampling: Literal["uniform", "logit_normal"] = "uniform",
+        timestep_range: Sequence[int] | None = None,
+        min_snr_gamma: float | None = None,
+        skip_padding: bool = False,
+        timestep_bins: int = 0,
     ) -> None:
         most = 1 / 3 if image_inputs else 1
         if not 0 <= condition_dropout <= most:
@@ -59,6 +72,21 @@ class Denoising(Loss):
                 + ("some of " if strange else "what history_dropout drops, of ")
                 + f"model.inputs={list(inputs)}."
             )
+        count = noise_schedule.num_train_timesteps
+        low, high = timestep_range or (0, count)
+        if timestep_sampling not in ("uniform", "logit_normal") or not 0 <= low < high <= count:
+            raise UserError(
+                "loss.timestep_sampling is uniform or logit_normal, and loss.timestep_range two numbers from 0 to "
+                f"{count}, the smaller one first; got {timestep_sampling} and [{low}, {high}]."
+            )
+        if (min_snr_gamma is not None and min_snr_gamma <= 0) or timestep_bins < 0:
+            raise UserError(
+                "loss.min_snr_gamma is above 0 (5 is usual) or null, loss.timestep_bins at least 0; "
+                f"got {min_snr_gamma} and {timestep_bins}."
+            )
+        self.timestep_sampling, self.timestep_range = timestep_sampling, (int(low), int(high))
+        self.min_snr_gamma, self.skip_padding = min_snr_gamma, skip_padding
+        self.by_timestep = LossByTimestep(timestep_bins, count) if timestep_bins else None
         self.noise_schedule, self.inputs, self.image_inputs = noise_schedule, list(inputs), list(image_inputs)
         self.condition_dropout, self.history_dropout = condition_dropout, history_dropout
         self.grid = [{"timestep": noise_schedule.num_train_timesteps * percent // 100} for percent in GRID]
@@ -66,15 +94,56 @@ class Denoising(Loss):
     def __call__(self, network: nn.Module, batch: dict, draws: Draws) -> Objective:
         """batch: latents (B, ...), clean and scaled; an entry for each of `inputs`, and null_<name> for dropped texts.
 
+        With skip_padding, latents are (B, C, t, h, w) and padding_frames is an integer (B,).
         Draws: "timestep", "noise"; "condition_dropout" and "history_dropout" where there is something to decide.
         """
         clean = batch["latents"].float()
-        timesteps = draws.integers("timestep", 0, self.noise_schedule.num_train_timesteps)
+        timesteps = self.timesteps(draws, clean)
         noise = draws.normal("noise", *clean.shape[1:])
         noisy = self.noise_schedule.add_noise(clean, noise, timesteps)
-        prediction = network(noisy, timesteps, **self.conditions(batch, draws))
+        prediction = network(noisy, timesteps, **self.conditions(batch, draws)).float()
         target = self.noise_schedule.target(clean, noise, timesteps)
-        return Objective(F.mse_loss(prediction.float(), target), {})
+        if self.is_plain:
+            return Objective(F.mse_loss(prediction, target), {})
+        errors = self.means((prediction - target).square(), batch)
+        metrics = self.by_timestep(timesteps, errors.detach()) if self.learning and self.by_timestep else {}
+        if self.learning and self.min_snr_gamma is not None:
+            errors = errors * self.noise_schedule.min_snr_weights(timesteps, self.min_snr_gamma)
+        return Objective(errors.mean(), metrics)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the mean over everything is all that is wanted now."""
+        of_training = self.min_snr_gamma is not None or self.by_timestep is not None
+        return not self.skip_padding and not (self.learning and of_training)
+
+    def timesteps(self, draws: Draws, clean: Tensor) -> Tensor:
+        """int64 (B,), for clean (B, ...). Validation's are uniform, or pinned to its grid."""
+        return self.drawn(draws)
+
+    def drawn(self, draws: Draws, *shape: int) -> Tensor:
+        """Places in the schedule, int64 (B, *shape)."""
+        low, high = self.timestep_range
+        if self.timestep_sampling == "uniform" or not self.learning:
+            return draws.integers("timestep", low, high, *shape)
+        return logit_normal(draws.normal("timestep", *shape), low, high)
+
+    def means(self, squares: Tensor, batch: dict) -> Tensor:
+        """Each sample's mean of the squared errors (B, ...), (B,)."""
+        return _sample_means(squares, batch["padding_frames"] if self.skip_padding else None)
+
+    def to(self, device: torch.device) -> None:
+        if self.by_timestep:
+            self.by_timestep.sums = self.by_timestep.sums.to(device)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"by_timestep": self.by_timestep.sums} if self.by_timestep else {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        if self.by_timestep is None:
+            super().load_state_dict(state)
+        else:
+            self.by_timestep.load(state.get("by_timestep"))
 
     def conditions(self, batch: dict, draws: Draws) -> dict[str, Tensor]:
         """The network's keywords: the batch's entries, some of them dropped where the loss is learning."""
@@ -101,6 +170,15 @@ class Denoising(Loss):
         no_image = (p <= u) & (u < 3 * p)
         dropped = {name: torch.where(_rows(no_text, given[name]), batch[f"null_{name}"], given[name]) for name in texts}
         return dropped | {name: _zeroed(given[name], no_image) for name in self.image_inputs}
+
+
+def _sample_means(errors: Tensor, padding: Tensor | None) -> Tensor:
+    """Means of (B, ...) over all but the batch, (B,); without the first padding (B,) frames of (B, C, t, h, w)."""
+    if padding is None:
+        return errors.flatten(1).mean(1)
+    by_frame = errors.mean(dim=(1, 3, 4))  # (B, t)
+    kept = torch.arange(by_frame.shape[1], device=errors.device) >= padding[:, None].to(errors.device)
+    return torch.where(kept, by_frame, 0.0).sum(1) / kept.sum(1)
 
 
 def _rows(mask: Tensor, like: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vireo.mini.tokenizers import write_clip_tokenizer
+from vireo.mini import captioned_clips
+from vireo.mini.tokenizers import write_clip_tokenizer, write_t5_tokenizer
 
 EDITOR = "instruct-pix2pix"  # an InstructPix2Pix pipeline: timbrooks/instruct-pix2pix, small
 UNET = {
@@ -57,12 +58,84 @@ PIPELINE = {
     "vae": ["diffusers", "AutoencoderKL"],
 }
 
+# CogVideoX: what differs between the released models, and what all of them share. Positions, channels, patches in time
+# and the schedule are those of the real ones; widths, lengths and the size are small.
+COGVIDEOX = {
+    "CogVideoX-2b": {"use_rotary_positional_embeddings": False},
+    "CogVideoX-5b": {},
+    "CogVideoX-5b-I2V": {"in_channels": 32, "use_learned_positional_embeddings": True},
+    "CogVideoX1.5-5B": {"patch_size_t": 2, "patch_bias": False},
+    "CogVideoX1.5-5B-I2V": {"patch_size_t": 2, "patch_bias": False, "in_channels": 32, "ofs_embed_dim": 32},
+}
+TRANSFORMER = {
+    "num_attention_heads": 3,
+    "attention_head_dim": 32,
+    "num_layers": 3,
+    "in_channels": 16,
+    "out_channels": 16,
+    "patch_size": 2,
+    "time_embed_dim": 32,
+    "text_embed_dim": 32,
+    "max_text_seq_length": 24,
+    "sample_height": 8,
+    "sample_width": 8,
+    "sample_frames": 9,
+    "use_rotary_positional_embeddings": True,
+}
+T5 = {
+    "d_model": TRANSFORMER["text_embed_dim"],
+    "d_kv": 8,
+    "d_ff": 64,
+    "num_layers": 1,
+    "num_heads": 4,
+    "feed_forward_proj": "gated-gelu",
+    "dropout_rate": 0.0,
+    "is_encoder_decoder": False,
+    "use_cache": False,
+}
+COGVIDEOX_SCHEDULER = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "set_alpha_to_one": True,
+    "timestep_spacing": "trailing",
+}
+SHIPPED_TRANSFORMER = Path(__file__).parent / "weights" / "cogvideox_transformer"
+
+
+def write_cogvideox(folder: Path, name: str) -> None:
+    """The pipeline's folder of one of COGVIDEOX, without its VAE, which is shipped."""
+    config = {**TRANSFORMER, **COGVIDEOX[name]}
+    is_2b, has_image = not config["use_rotary_positional_embeddings"], config["in_channels"] > config["out_channels"]
+    scheduler = {
+        "_class_name": "CogVideoXDDIMScheduler" if is_2b else "CogVideoXDPMScheduler",
+        **COGVIDEOX_SCHEDULER,
+        "snr_shift_scale": 3.0 if is_2b else 1.0,
+    }
+    index = {
+        "_class_name": "CogVideoXImageToVideoPipeline" if has_image else "CogVideoXPipeline",
+        "scheduler": ["diffusers", scheduler["_class_name"]],
+        "text_encoder": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", "T5Tokenizer"],
+        "transformer": ["diffusers", "CogVideoXTransformer3DModel"],
+        "vae": ["diffusers", "AutoencoderKLCogVideoX"],
+    }
+    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    _write_json(folder / "model_index.json", index)
+    write_t5_tokenizer(folder / "tokenizer", captioned_clips.words())
+    tokens = json.loads((folder / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    _save("transformers", "T5EncoderModel", {**T5, "vocab_size": len(tokens)}, folder / "text_encoder")
+    _save("diffusers", "CogVideoXTransformer3DModel", config, folder / "transformer", SHIPPED_TRANSFORMER)
+
 
 def write_editor(folder: Path) -> None:
     """The pipeline's folder without its VAE, which is shipped."""
-    for name, content in (("scheduler/scheduler_config.json", SCHEDULER), ("model_index.json", PIPELINE)):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    _write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
+    _write_json(folder / "model_index.json", PIPELINE)
     write_clip_tokenizer(folder / "tokenizer")
     vocabulary = json.loads((folder / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
     ends = {"bos_token_id": "<|startoftext|>", "eos_token_id": "<|endoftext|>", "pad_token_id": "<|endoftext|>"}
@@ -72,8 +145,42 @@ def write_editor(folder: Path) -> None:
     _save("diffusers", "UNet2DConditionModel", UNET, folder / "unet")
 
 
-def _save(package: str, name: str, config: dict[str, Any], folder: Path) -> None:
-    """Random weights, the same wherever they are made: keyed by the class and its config."""
+def fitted(state: dict[str, Any], trained: dict[str, Any]) -> dict[str, Any]:
+    """The state of a CogVideoX, float32, with all that the weights of the text-to-video one of 1.0 can give it.
+
+    Of a picture nothing is known: its channels begin at zero, and so does what `ofs` adds. Where a token is p latent
+    frames, it begins as their mean, and its prediction for each of them is the same.
+    """
+    made = {}
+    for name, own in state.items():
+        given = trained.get(name)
+        if given is not None:
+            given = given.float()
+            if name == "patch_embed.proj.weight":
+                given = _patches(given, own)
+            elif name.startswith("proj_out"):  # features are channels, frames, rows, columns
+                repeats = own.shape[0] // given.shape[0]
+                given = given.unflatten(0, (-1, 4)).repeat_interleave(repeats, 0).flatten(0, 1)
+        made[name] = own * (not name.startswith("ofs_embedding.linear_2")) if given is None else given
+    return made
+
+
+def _patches(given: Any, own: Any) -> Any:
+    """The kernel of the first layer, (D, C, 2, 2), for more channels (D, C + X, 2, 2) or frames (D, (C + X) 4 p)."""
+    width, channels = given.shape[:2]
+    frames = 1 if own.ndim == 4 else 2
+    wide = given.new_zeros(width, own[0].numel() // 4 // frames, frames, 2, 2)
+    wide[:, :channels] = given[:, :, None] / frames
+    return wide.view_as(own)
+
+
+def _save(package: str, name: str, config: dict[str, Any], folder: Path, shipped: Path | None = None) -> None:
+    """Random weights, the same wherever they are made: keyed by the class and its config.
+
+    shipped: folder of trained weights that take their place, as far as they fit, see `fitted`.
+    """
+    from safetensors.torch import load_file
+
     from vireo.randomness import seed_default
 
     seed_default("mini world", name, json.dumps(config, sort_keys=True))
@@ -82,8 +189,18 @@ def _save(package: str, name: str, config: dict[str, Any], folder: Path) -> None
         network = network_class.from_config(config)
     else:
         network = network_class(network_class.config_class(**config))
+    if shipped is not None and shipped.is_dir():
+        trained = load_file(shipped / "diffusion_pytorch_model.safetensors")
+        network.load_state_dict(fitted(network.state_dict(), trained), assign=True)
     network.save_pretrained(folder)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":
     write_editor(Path(sys.argv[1]) / EDITOR)
+    for model in COGVIDEOX:
+        write_cogvideox(Path(sys.argv[1]) / model, model)

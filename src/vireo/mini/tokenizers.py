@@ -5,6 +5,7 @@ other text falls back to letters, so a prompt of one's own never fails.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from vireo.mini import scenes
@@ -52,14 +53,15 @@ def write_clip_tokenizer(folder: Path) -> None:
     )
 
 
-def write_t5_tokenizer(folder: Path) -> None:
+def write_t5_tokenizer(folder: Path, more_words: Sequence[str] = ()) -> None:
     """`tokenizer.json` and `tokenizer_config.json` of a T5Tokenizer: unigram pieces, `</s>` ends every text.
 
+    more_words: that are one token each, beside those of `words`.
     Capital letters are tokens of their own, characters beyond ASCII become `<unk>`.
     """
     special = ["<pad>", "</s>", "<unk>"]  # 0, 1 and 2, as in every T5
     pieces = [(token, 0.0) for token in special] + [("▁", -6.0)]
-    pieces += [(f"▁{word}", -3.0) for word in words()]
+    pieces += [(f"▁{word}", -3.0) for word in sorted({*words(), *more_words})]
     pieces += [(chr(code), -8.0) for code in range(33, 127)]
     metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
     text, end = {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}

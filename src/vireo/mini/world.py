@@ -69,6 +69,9 @@ def write_weights(world: Path) -> None:
     """`weights/`: the small networks under the real ones' names."""
     for name, shipped in WEIGHTS.items():
         shutil.copytree(SHIPPED / shipped, world / "weights" / name, copy_function=shutil.copyfile)
+        if name.startswith("CogVideoX1.5"):
+            config = world / "weights" / name / "config.json"
+            _write_json(config, json.loads(config.read_text()) | {"invert_scale_latents": True})
 
 
 # Each part of the world is one function that writes into a folder of its own; a recipe with another layout adds one.
@@ -76,7 +79,11 @@ PARTS: tuple[Callable[[Path], None], ...] = (write_clips, write_weights)
 
 # Modules that write a part as a program, given a folder of the world, while this process writes the others: they take
 # some seconds each, and what imports torch must not be imported here.
-PROGRAMS = {"vireo.mini.frame_edits": "data/frame_edits", "vireo.mini.networks": "weights"}
+PROGRAMS = {
+    "vireo.mini.frame_edits": "data/frame_edits",
+    "vireo.mini.captioned_clips": "data/captioned_clips",
+    "vireo.mini.networks": "weights",
+}
 
 
 def ensure(folder: str | os.PathLike | None = None) -> Path:

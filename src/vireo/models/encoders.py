@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vireo.cache import literal
+from vireo.errors import UserError
 from vireo.randomness import Draws
 
 
@@ -62,8 +63,15 @@ class Encoder:
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, Any], draws: Draws) -> dict[str, Any]:
-        """The batch with latents and conditions; outputs that are there already (from a cache) are not computed."""
-        missing = {output: field for output, field in self.outputs.items() if output not in batch}
+        """The batch with latents and conditions; outputs that are there already (from a cache) are not computed.
+
+        Nor are those of a field that the batch lacks: held-out prompts may have no video.
+        """
+        missing = {
+            output: field
+            for output, field in self.outputs.items()
+            if output not in batch and (field in batch or literal(field) is not None)
+        }
         computed = {}
         for output, field in missing.items():
             text = literal(field)
@@ -83,3 +91,20 @@ class Encoder:
 
 class NoEncoder(Encoder):
     """For networks that learn from pixels alone: the batch goes through as it is."""
+
+
+def split(moments: Tensor, channels: int = -3) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of moments that have both (the log variance) on one axis, as diffusers reads them."""
+    mean, log_variance = moments.chunk(2, dim=channels)
+    return mean, torch.exp(0.5 * log_variance.clamp(-30, 20))
+
+
+def check_finite(values: Tensor, what: str, dtype: str) -> None:
+    """Not finite values would poison the weights, and a cache for good. Raises UserError that names the rows (B, ...).
+
+    dtype: what the encoder computed in, of `saved_networks.DTYPES`.
+    """
+    if not bool(torch.isfinite(values).all()):
+        rows = torch.nonzero(~torch.isfinite(values).flatten(1).all(1)).flatten().tolist()
+        advice = "the weights are damaged" if dtype == "fp32" else "set model.encoder.dtype=fp32"
+        raise UserError(f"{what} of rows {rows} of a batch are not finite in {dtype}: {advice}.")

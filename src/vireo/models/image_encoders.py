@@ -6,7 +6,6 @@ as in every pipeline (https://github.com/timothybrooks/instruct-pix2pix); scalin
 """
 
 import functools
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,11 +13,11 @@ from torch import Tensor
 
 from vireo.errors import UserError
 from vireo.models import saved_networks
-from vireo.models.encoders import Encoder
+from vireo.models.encoders import Encoder, check_finite, split
+from vireo.models.saved_networks import DTYPES
 from vireo.pixels import to_pixels
 from vireo.randomness import Draws
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MOMENTS = ("frame_moments", "target_moments")
 
 
@@ -65,7 +64,7 @@ class ImageTextEncoder(Encoder):
         if text_encoder is not None:
             self.text_part = saved_networks.find(text_encoder, "text_encoder", "model.encoder.text_encoder")
             self.outputs |= {"prompt_embeds": "prompt", "null_prompt_embeds": '""'}
-        self.tokenizer_folder = _find_tokenizer(tokenizer or str(text_encoder))
+        self.tokenizer_folder = saved_networks.find_tokenizer(tokenizer or str(text_encoder))
 
     @property
     def scaling_factor(self) -> float:
@@ -93,7 +92,7 @@ class ImageTextEncoder(Encoder):
             return super().encode(output, values)
         with torch.autocast(self.device.type, enabled=False):
             embeds = self.loaded_text_encoder(self.tokenize(values)).last_hidden_state.float()
-        self._check_finite(embeds, "The text encoder's embeddings")
+        check_finite(embeds, "The text encoder's embeddings", self.dtype)
         return embeds
 
     def tokenize(self, texts: list[str]) -> Tensor:
@@ -164,31 +163,5 @@ class ImageTextEncoder(Encoder):
                     for some in pictures.split(self.vae_batch)
                 ]
             )
-        self._check_finite(moments, "The VAE's latents")
+        check_finite(moments, "The VAE's latents", self.dtype)
         return moments.unflatten(0, frames.shape[:-3])
-
-    def _check_finite(self, values: Tensor, what: str) -> None:
-        """Not finite values would poison the weights, and a cache for good."""
-        if not bool(torch.isfinite(values).all()):
-            rows = torch.nonzero(~torch.isfinite(values).flatten(1).all(1)).flatten().tolist()
-            advice = "the weights are damaged" if self.dtype == "fp32" else "set model.encoder.dtype=fp32"
-            raise UserError(f"{what} of rows {rows} of a batch are not finite in {self.dtype}: {advice}.")
-
-
-def split(moments: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (..., C, h, w) of moments (..., 2C, h, w), as diffusers reads them."""
-    mean, log_variance = moments.chunk(2, dim=-3)
-    return mean, torch.exp(0.5 * log_variance.clamp(-30, 20))
-
-
-def _find_tokenizer(path: str) -> Path:
-    """`path`/tokenizer, the folder `path` itself, or the one beside it in a pipeline."""
-    outer = Path(path).expanduser()
-    places = [outer / "tokenizer", outer, outer.parent / "tokenizer"]
-    for place in places:
-        if (place / "tokenizer_config.json").is_file():
-            return place
-    raise UserError(
-        f"There is no tokenizer in {', '.join(map(str, places))}. Set model.encoder.tokenizer to a folder with "
-        "tokenizer_config.json and the vocabulary."
-    )

@@ -1,6 +1,16 @@
-"""Which picture sizes suit the latents of an image VAE; judged before torch is imported."""
+"""Which sizes of pictures and clips suit the latents of a VAE; judged before torch is imported."""
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
 
 from vireo.errors import UserError
+
+log = logging.getLogger(__name__)
+
+FRAMES = 8  # that CogVideoX's VAE takes at a time, after the first one
+PIXELS = 8  # height and width of what one latent of it stands for
 
 
 def check_size(height: int, width: int, multiple: int = 8) -> None:
@@ -12,3 +22,54 @@ def check_size(height: int, width: int, multiple: int = 8) -> None:
             f"{' and '.join(odd)} cannot be encoded: one latent stands for {multiple}x{multiple} pixels. Use multiples "
             f"of {multiple}, such as {' or '.join(map(str, nearest))}."
         )
+
+
+def check_clips(
+    num_frames: int, height: int, width: int, transformer: str, buckets: Sequence[Sequence[int]] | None = None
+) -> None:
+    """Raise UserError unless clips of these shapes suit a CogVideoX, naming the nearest legal values.
+
+    transformer: folder as diffusers saves it, or a pipeline's; what its config says is read if it is there. buckets:
+    further shapes (num_frames, height, width). Lengths are 8 N + 1, sides multiples of 8 pixels times the patch size;
+    a learned position table takes the size that it was learnt for alone. Longer clips than the weights have seen get a
+    warning.
+    """
+    config = _config(Path(transformer).expanduser())
+    problems: list[str] = []
+    for shape in [(num_frames, height, width), *(buckets or ())]:
+        if len(shape) != 3:
+            raise UserError(f"a bucket is [num_frames, height, width], got {list(shape)}")
+        problems += _faults(*shape, config)
+        longest = config.get("sample_frames")
+        if longest is not None and shape[0] > longest:
+            says = "clips of %d frames: these weights were trained on %d, and quality falls with more"
+            log.warning(says, shape[0], longest)
+    if problems:
+        raise UserError("; ".join(dict.fromkeys(problems)))
+
+
+def _faults(num_frames: int, height: int, width: int, config: dict) -> list[str]:
+    """What is wrong with one shape."""
+    found, multiple = [], PIXELS * config.get("patch_size", 2)
+    if num_frames % FRAMES != 1:
+        below = max(1, (num_frames - 1) // FRAMES * FRAMES + 1)
+        found.append(f"num_frames={num_frames} is not 8 N + 1: {below} or {below + FRAMES} are the nearest")
+    for name, side in (("height", height), ("width", width)):
+        if side < multiple or side % multiple:
+            near = [places * multiple for places in (side // multiple, side // multiple + 1) if places]
+            found.append(f"{name}={side} is not a multiple of {multiple}: {' or '.join(map(str, near))}")
+    if config.get("use_learned_positional_embeddings"):
+        native = [PIXELS * config[f"sample_{name}"] for name in ("height", "width")]
+        if native != [height, width]:
+            found.append(
+                f"{height}x{width} pixels: these weights have learnt positions of {native[0]}x{native[1]} alone"
+            )
+    return found
+
+
+def _config(folder: Path) -> dict:
+    """The transformer's config, empty where there is none: whoever loads the weights says so."""
+    for file in (folder / "transformer" / "config.json", folder / "config.json"):
+        if file.is_file():
+            return json.loads(file.read_text(encoding="utf-8"))
+    return {}

@@ -3,15 +3,23 @@
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from vireo.lora import LoRA
 
 
 class Network(nn.Module):
     """The one module that learns. It only predicts: it draws no noise and knows no loss, rank or config.
 
     Training calls it through its wrapper's `forward` alone, since nothing else is synchronised between processes.
+
+    adapter: what was added to it and learns in its place, if anything; `export` and `load` leave their work to it.
     """
+
+    adapter: "LoRA | None" = None
 
     @abstractmethod
     def export(self, folder: Path, state: Mapping[str, Tensor]) -> list[Path]:

@@ -7,14 +7,17 @@ asked for, the pipeline's folder does as well.
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from vireo.digests import file_digest
 from vireo.errors import UserError
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CONFIG = "config.json"
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # diffusers' and transformers' names
 VERSIONS = ("transformers_version", "dtype", "torch_dtype")  # of a config, what is no part of the function
@@ -81,6 +84,19 @@ def find(path: str | Path, name: str, key: str) -> Part:
     )
 
 
+def find_tokenizer(path: str | Path) -> Path:
+    """`path`/tokenizer, the folder `path` itself, or the one beside it in a pipeline. Raises UserError for none."""
+    outer = Path(path).expanduser()
+    places = [outer / "tokenizer", outer, outer.parent / "tokenizer"]
+    for place in places:
+        if (place / "tokenizer_config.json").is_file():
+            return place
+    raise UserError(
+        f"There is no tokenizer in {', '.join(map(str, places))}. Set model.encoder.tokenizer to a folder with "
+        "tokenizer_config.json and the vocabulary."
+    )
+
+
 def load(part: Part, kind: Any, dtype: torch.dtype) -> Any:
     """The network of class `kind` on the CPU, in evaluation mode. Raises UserError for weights that do not fit it."""
     import transformers
@@ -99,6 +115,14 @@ def load(part: Part, kind: Any, dtype: torch.dtype) -> Any:
     if faults:
         raise UserError(f"{part.folder}: the weights do not fit {CONFIG}: {'; '.join(faults)}. Fetch both again.")
     return network.eval()
+
+
+def save(folder: Path, state: Mapping[str, Tensor], max_shard_size: str = "10GB") -> None:
+    """Write weights as diffusers' `save_pretrained` does: one safetensors file, or shards and their index."""
+    from huggingface_hub import save_torch_state_dict
+
+    pattern = WEIGHTS[0].replace(".safetensors", "{suffix}.safetensors")
+    save_torch_state_dict(dict(state), folder, filename_pattern=pattern, max_shard_size=max_shard_size)
 
 
 def digest(text: str, files: list[Path]) -> str:

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vireo.diffusion.guidance import TwoScaleGuidance
+from vireo.diffusion.guidance import TextGuidance, TwoScaleGuidance
 
 
 def denoise(
     predict: Callable[..., Tensor],
     scheduler: Any,
     noise: Tensor,
-    guidance: TwoScaleGuidance,
+    guidance: TwoScaleGuidance | TextGuidance,
     conditions: Mapping[str, Tensor],
     num_inference_steps: int,
     generator: torch.Generator | Sequence[torch.Generator] | None,
@@ -22,11 +22,11 @@ def denoise(
     eta: float = 0.0,
     progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
 ) -> Tensor:
-    """Latents (B, C, h, w), scaled as the network knows them.
+    """Latents (B, ...) of the noise's shape, scaled as the network knows them.
 
     predict: called once a step as predict(noisy, timesteps (passes * B,), **conditions), with one batch of all passes
         that the guidance needs. conditions: from `guidance.conditions`.
-    scheduler: a diffusers scheduler; its state is set anew. noise: standard normal (B, C, h, w).
+    scheduler: a diffusers scheduler; its state is set anew. noise: standard normal (B, ...).
     generator: for schedulers that draw at each step; one a sample makes a sample independent of its batch.
     eta: for DDIM, 0 draws nothing and 1 is as noisy as DDPM; other schedulers have none.
     progress: wraps the timesteps, to show how far the loop is.
@@ -35,9 +35,15 @@ def denoise(
     known = inspect.signature(scheduler.step).parameters
     generators = list(generator) if isinstance(generator, Sequence) else generator
     options = {name: value for name, value in (("eta", eta), ("generator", generators)) if name in known}
-    latents = noise * scheduler.init_noise_sigma
+    looks_back = "old_pred_original_sample" in known  # CogVideoXDPMScheduler keeps its last step outside
+    latents, last, before = noise * scheduler.init_noise_sigma, None, None
     for timestep in progress(scheduler.timesteps):
         noisy = scheduler.scale_model_input(guidance.repeat(latents), timestep)
         predictions = predict(noisy, timestep.expand(len(noisy)), **conditions)
-        latents = scheduler.step(guidance.combine(predictions), timestep, latents, **options, return_dict=False)[0]
+        combined = guidance.combine(predictions, timestep)
+        if looks_back:
+            latents, last = scheduler.step(combined, last, timestep, before, latents, **options, return_dict=False)
+            before = timestep
+        else:
+            latents = scheduler.step(combined, timestep, latents, **options, return_dict=False)[0]
     return latents

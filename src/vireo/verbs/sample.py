@@ -1,19 +1,30 @@
 """vireo sample run=<run> [step=500] [clips=4] [weights=<file>] [out=<folder>] [paths.data=<other clips>]
+vireo sample run=<run> prompt="a small red square" [image=<file>] [clips=1] …
 
 Show what a trained network makes of held-out clips: side-by-side videos and PNG grids, and the further videos that
-the recipe's sampler offers, such as roll-outs.
+the recipe's sampler offers, such as roll-outs. Or of what is given here, in as many versions as `clips` says: of a
+prompt, and for image-to-video a picture. A dataset's class takes part by a static method `from_files`, which gets what
+it names of its node's values and of these, and returns a sample.
 Default folder: <run>/samples/by_hand.
 """
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from vireo.config.instantiation import locate
+from vireo.errors import UserError
 from vireo.verbs import arguments
+
+GIVEN = ("prompt", "image", "video", "mask", "reference")  # what a person may give in place of held-out clips
 
 
 def main(words: Sequence[str]) -> int:
-    given = arguments.read(words, ("step", "clips", "weights", "out"))
-    clips = arguments.whole(given.own, "clips", 4)
+    given = arguments.read(words, ("step", "clips", "weights", "out", *GIVEN))
+    files = {name: text for name, text in given.own.items() if name in GIVEN}
+    clips = arguments.whole(given.own, "clips", 1 if files else 4)
+    sample = _from_files(given.settings["data"], files) if files else None
     from vireo import objects
     from vireo.comparison import show
     from vireo.validation import further_videos, score_clips
@@ -22,7 +33,7 @@ def main(words: Sequence[str]) -> int:
     network, about = trained.network(given)
     encoder = objects.encoder(given.settings)
     encoder.to(trained.device())
-    stream = trained.held_out(given.settings, encoder)
+    stream = trained.held_out(given.settings, encoder) if sample is None else trained.by_hand(sample, clips or 0)
     folder = Path(given.own.get("out", (given.folder or Path()) / "samples" / "by_hand"))
     folder.mkdir(parents=True, exist_ok=True)
     print(f"weights: {about}")
@@ -38,3 +49,19 @@ def main(words: Sequence[str]) -> int:
     for clip, title, columns in further_videos(network, encoder, sampler, stream, some, batch_size, device):
         print(*show(columns, folder / f"clip_{clip:03d}_{title}", rates[clip]), sep=", ")
     return 0
+
+
+def _from_files(node: Mapping[str, Any], files: Mapping[str, str]) -> dict[str, Any]:
+    """The sample that the data's class makes of what a person gave. Raises UserError where it cannot."""
+    name = node["_target_"]
+    make = getattr(locate(name), "from_files", None)
+    if make is None:
+        raise UserError(f"{name} makes no samples of {', '.join(files)}: leave it out, and held-out clips are shown")
+    takes = inspect.signature(make).parameters
+    unknown = files.keys() - takes.keys()
+    lacking = [key for key, one in takes.items() if one.default is one.empty and key not in {*node, *files}]
+    if unknown or lacking:
+        problem = f"does not take {', '.join(sorted(unknown))}" if unknown else f"needs {', '.join(lacking)}"
+        raise UserError(f"a sample by hand of {name} {problem}; it takes {', '.join(k for k in takes if k in GIVEN)}")
+    values = {key: value for key, value in node.items() if key in takes and key not in GIVEN}
+    return make(**values, **files)

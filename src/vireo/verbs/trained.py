@@ -1,11 +1,13 @@
 """A trained network for the verbs: of a run (newest or a given step, averaged weights), or from a foreign file."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vireo import checkpoint, objects, weights
+from vireo.data.given import Given
 from vireo.data.stream import Stream
 from vireo.errors import UserError
 from vireo.mini import world
@@ -50,6 +52,11 @@ def held_out(settings: dict[str, Any], encoder: Encoder) -> Stream:
     """The clips that validation sees, by number; what the encoding cache has of them is not encoded again."""
     cache = objects.cache(settings, encoder)
     return Stream(objects.dataset(settings, "validation"), SEED, shuffle=False, cache=cache, keep_fields=True)
+
+
+def by_hand(sample: Mapping[str, Any], count: int) -> Stream:
+    """Versions of one sample that a person made; by number, as held-out clips."""
+    return Stream(Given(sample, count), SEED, shuffle=False)
 
 
 def _checkpoint(folder: Path, step: int | None) -> checkpoint.Checkpoint:
