@@ -119,6 +119,6 @@ def report(part: Part) -> str:
 
 
 def below(root: Path, name: str) -> Path:
-    """A path as given or, if there is nothing, below the root."""
-    path = Path(name).expanduser()
-    return path if path.exists() else root / path
+    """A path as given, below the root, or below the folder in it, wherever something is."""
+    places = [Path(name).expanduser(), root / name, root / INSIDE / name]
+    return next((place for place in places if place.exists()), root / name)
