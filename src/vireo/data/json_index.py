@@ -196,6 +196,8 @@ class _Reader:
     def __init__(self, path: Path, file: TextIO) -> None:
         self.path, self.file = path, file
         self.text, self.place, self.offset, self.lines, self.column = file.read(CHUNK), 0, 0, 0, 0
+        while not self.text.strip() and (more := file.read(CHUNK)):
+            self.text += more
 
     def entries(self) -> Iterator[Entry]:
         start = self._blank(0)
@@ -203,20 +205,24 @@ class _Reader:
             found = self.text[start : start + 1] or "nothing"
             raise UserError(f"{self.path}: expected one JSON object, key: annotation, found {found}")
         self._move(start + 1)
-        is_last = self.text[self._blank(self.place) :] == "}"  # an empty object
+        is_first, is_last = True, False
         while not is_last:
             try:
                 key, value, start, end, after, is_last = self._entry()
             except json.JSONDecodeError as error:
+                end = self._blank(self.place)
+                if is_first and self.text[end : end + 1] == "}":  # an empty object
+                    self._move(end + 1)
+                    break
                 self._read_on(error)
                 continue
+            is_first = False
             self._move(start)
             offset = self.offset
             self._move(end)
             yield Entry(key, value, offset, self.offset - offset)
             self._move(after)
-        rest = (self.text[self.place :] + self.file.read(CHUNK)).strip()
-        if rest not in ("", "}"):
+        if (self.text[self.place :] + self.file.read(CHUNK)).strip():
             raise UserError(f"{self.path}, byte {self.offset}: something follows the object's end")
 
     def _entry(self) -> tuple[str, Any, int, int, int, bool]:

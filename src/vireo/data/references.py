@@ -87,7 +87,7 @@ class Augmentation:
             cutout = Cutout(cutout.picture[:, ::-1], cutout.shown[:, ::-1])
         cutout = _turned(cutout, self.rotation * (2 * for_angle - 1))
         brightness, contrast, saturation = (1 + self.colour * (2 * u - 1) for u in (b, c, s))
-        frame = torch.from_numpy(np.ascontiguousarray(cutout.picture)).permute(2, 0, 1)[None]
+        frame = torch.from_numpy(np.array(cutout.picture)).permute(2, 0, 1)[None]
         picture = jitter_colors(frame, brightness, contrast, saturation, hue=0.0)[0].permute(1, 2, 0).numpy()
         return _smaller(Cutout(picture, cutout.shown), self.scale + (1 - self.scale) * for_scale)
 
