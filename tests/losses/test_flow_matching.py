@@ -6,10 +6,10 @@ from tests import wan
 from tests.golden.fill import noise
 from tests.wan import golden
 
-from vireo.diffusion.flow_matching import FlowMatching
+from vireo.diffusion.flow_schedule import FlowSchedule
 from vireo.errors import UserError
 from vireo.freezing import FreezePolicy
-from vireo.losses.flow_matching import FlowMatchingLoss
+from vireo.losses.flow_matching import FlowMatching
 from vireo.optimizers import adamw
 from vireo.randomness import Draws
 
@@ -18,7 +18,7 @@ DESCRIBED, REFERENCE = golden("wan_dual")
 
 
 def loss(**options):
-    return FlowMatchingLoss(FlowMatching(), INPUTS, **options)
+    return FlowMatching(FlowSchedule(), INPUTS, **options)
 
 
 def batch(rows=2, frames=6):
@@ -95,14 +95,14 @@ def test_the_network_is_told_its_noise_level():
 
 def test_a_uniform_place_in_a_shifted_table():
     timesteps = loss().timesteps(Draws(0, range(4000)), torch.zeros(1, 4, 6, 4, 4))
-    expected = FlowMatching().timesteps(torch.arange(1000)).double().mean()
+    expected = FlowSchedule().timesteps(torch.arange(1000)).double().mean()
     assert abs(timesteps.double().mean() - expected) < 10
 
 
 def test_a_logit_normal_place():
     objective = loss(timestep_sampling="logit_normal", timestep_range=[20, 980])
     timesteps = objective.timesteps(Draws(0, range(4000)), torch.zeros(1, 4, 6, 4, 4))
-    middle = FlowMatching().timesteps(torch.tensor([300, 700]))
+    middle = FlowSchedule().timesteps(torch.tensor([300, 700]))
     inside = ((timesteps > middle[0]) & (timesteps < middle[1])).double().mean()
     assert 0.55 < inside < 0.65  # 0.40 of uniform ones
 
@@ -115,7 +115,7 @@ def test_groups_of_frames_have_their_own_noise_levels():
     assert torch.equal(times[:, 0], times[:, 2]) and torch.equal(times[:, 3], times[:, 5])
     objective.learning = False
     objective(network, batch(), Draws(0, [0, 1]).pinned(objective.grid[2]))
-    torch.testing.assert_close(network.timesteps, FlowMatching().timesteps(torch.tensor([500, 500])))
+    torch.testing.assert_close(network.timesteps, FlowSchedule().timesteps(torch.tensor([500, 500])))
 
 
 def test_errors_inside_the_subject_count_more():

@@ -4,12 +4,16 @@ import copy
 
 import pytest
 import torch
+import yaml
 from diffusers import WanTransformer3DModel
 from tests import wan
 from tests.golden.fill import fill, noise
 from tests.wan import CLIP_DIM, golden, inputs, network
 
+from vireo import config
 from vireo.errors import UserError
+from vireo.freezing import FreezePolicy
+from vireo.lora import LoRA
 from vireo.models.wan_attention import Context, DualCrossAttention, KeyValueCache, add_modules
 from vireo.models.wan_references import Projection, WanReferences, add_references, initialize, is_new
 
@@ -153,6 +157,38 @@ class TestIdentity:
         _, second = self.gradients(folder, "published")
         paths = {name for name in second if name.startswith("vae_proj") or "k_vae" in name}
         assert paths and any(name.endswith("v_vae.weight") for name in second)
+
+
+class TestFreezePolicies:
+    def policy(self, name):
+        files = (config.conf_dir() / "freeze-policy" / f"{option}.yaml" for option in ("new_modules", name))
+        nodes = [yaml.safe_load(file.read_text()) for file in files]
+        return FreezePolicy(nodes[1]["train"], nodes[0]["groups"])
+
+    def trained(self, made, name):
+        self.policy(name)(made)
+        return {name for name, parameter in made.named_parameters() if parameter.requires_grad}
+
+    def test_the_new_modules_learn_and_gates_faster(self, folder):
+        made = network(folder)
+        assert self.trained(made, "new_modules") == {
+            name for name, _ in made.named_parameters() if is_new(_inner(name))
+        }
+        gate, others = self.policy("new_modules").groups(made, 1e-4)
+        assert [name for name, _ in gate["params"]] == [f"transformer.blocks.{n}.attn2.clip_gate" for n in range(2)]
+        assert gate["lr"] == pytest.approx(1e-2) and others["lr"] == 1e-4
+
+    def test_the_fused_path_learns_as_well(self, folder):
+        made = network(folder)
+        more = self.trained(made, "new_modules_fused") - self.trained(made, "new_modules")
+        fused = ("to_k.weight", "to_k.bias", "to_v.weight", "to_v.bias", "norm_k.weight")
+        assert more == {f"transformer.blocks.{n}.attn2.{name}" for n in range(2) for name in fused}
+
+    def test_an_adapter_learns_as_well(self, folder):
+        made = network(folder)
+        LoRA(rank=2, alpha=2)(made)
+        more = self.trained(made, "new_modules_adapter") - self.trained(made, "new_modules")
+        assert len(more) == 2 * 2 * 4 * 2 and all(".lora_" in name for name in more)
 
 
 class TestSize:

@@ -5,7 +5,7 @@ import torch
 from tests import wan
 from tests.sampling.test_reference_videos import INPUTS, SIZE, Encoder
 
-from vireo.diffusion.flow_matching import FlowMatching
+from vireo.diffusion.flow_schedule import FlowSchedule
 from vireo.errors import UserError
 from vireo.randomness import Draws
 from vireo.sampling.reference_evaluations import BasePreservation, ReferenceGain
@@ -42,7 +42,7 @@ class Looks:
 
 
 def evaluated(evaluation, network, count=3, sampler=None):
-    sampler = sampler or ReferenceSampler(FlowMatching(), INPUTS, **SIZE)
+    sampler = sampler or ReferenceSampler(FlowSchedule(), INPUTS, **SIZE)
     return evaluation(network, Encoder(), sampler, Stream(), range(count), CPU, None)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tests import wan
 
-from vireo.diffusion.flow_matching import FlowMatching
+from vireo.diffusion.flow_schedule import FlowSchedule
 from vireo.errors import UserError
 from vireo.randomness import Draws
 from vireo.sampling.reference_measures import colour_distance, flow_errors
@@ -63,7 +63,7 @@ def batch(rows=2, references=1):
 
 
 def sampled(network=None, rows=2, kind=ReferenceSampler, **options):
-    sampler = kind(FlowMatching(), INPUTS, **SIZE, **options)
+    sampler = kind(FlowSchedule(), INPUTS, **SIZE, **options)
     return sampler.sample(network or Flow(), Encoder(), batch(rows), Draws("sampling", range(rows)))
 
 
@@ -98,7 +98,7 @@ class TestAllAtOnce:
             torch.testing.assert_close(pair[:1], alone, rtol=0, atol=1e-4)
 
     def test_columns(self):
-        sampler = ReferenceSampler(FlowMatching(), INPUTS, **SIZE, num_inference_steps=2)
+        sampler = ReferenceSampler(FlowSchedule(), INPUTS, **SIZE, num_inference_steps=2)
         data, network = batch(references=2), Flow()
         columns = sampler(network, Encoder(), data, Draws("sampling", [0, 1]))
         assert list(columns) == ["references", "target", "prediction", "vae"]
@@ -112,7 +112,7 @@ class TestAllAtOnce:
         assert {"reference_gain", "colour_distance", "target/colour_distance"} <= figures.keys()
 
     def test_without_a_truth(self):
-        sampler = ReferenceSampler(FlowMatching(), INPUTS, **SIZE, num_inference_steps=2)
+        sampler = ReferenceSampler(FlowSchedule(), INPUTS, **SIZE, num_inference_steps=2)
         data = {name: value for name, value in batch().items() if name not in ("latents", "frames")}
         columns = sampler(Flow(), Encoder(), data, Draws("sampling", [0, 1]))
         assert list(columns) == ["references", "prediction"]
@@ -144,7 +144,7 @@ class TestRollOut:
         network, data, draws = causal(folder, 6), batch(), Draws("sampling", [0, 1])
         found = sampled(network, kind=RollOutSampler, group_frames=6)
         conditions = {name: data[name] for name in INPUTS}
-        schedule, latents = FlowMatching(), torch.zeros(2, 16, 6, 4, 4)
+        schedule, latents = FlowSchedule(), torch.zeros(2, 16, 6, 4, 4)
         for step, place in enumerate([999, 749, 499, 249]):
             times = schedule.timesteps(torch.tensor([place, place]))
             noisy = schedule.add_noise(
@@ -172,6 +172,10 @@ class TestRollOut:
         with pytest.raises(UserError, match="mode=causal"):
             sampled(wan.network(folder), kind=RollOutSampler)
 
+    def test_steps_can_be_listed(self):
+        sampler = RollOutSampler(FlowSchedule(), INPUTS, **SIZE, denoising_steps=[1000, 500])
+        assert sampler.timesteps == pytest.approx([1000, 5000 / 6])
+
     def test_settings_are_checked(self):
         for wrong in ({"denoising_steps": [250, 500]}, {"denoising_steps": []}, {"denoising_steps": [2000, 1]}):
             with pytest.raises(UserError, match="denoising_steps"):
@@ -195,7 +199,7 @@ class TestMeasures:
                 error = torch.where(reference_mask.any(1), 0.5, 2.0).view(-1, 1, 1, 1, 1)
                 return draws.normal("noise", *noisy.shape[1:]) - data["latents"] + error
 
-        data, sampler = batch(), ReferenceSampler(FlowMatching(), INPUTS, **SIZE)
+        data, sampler = batch(), ReferenceSampler(FlowSchedule(), INPUTS, **SIZE)
         draws = Draws("reference gain", [0, 1])
         gain = sampler.measure(Knows(), Encoder(), data, {})["reference_gain"]
         torch.testing.assert_close(gain, torch.full((2,), 4 - 0.25), rtol=1e-4, atol=1e-4)
@@ -209,7 +213,7 @@ class TestMeasures:
         def nothing(noisy, timesteps):
             return torch.zeros_like(noisy)
 
-        found = flow_errors(nothing, FlowMatching(), data["latents"], draws, 500.0, {}, mask)
+        found = flow_errors(nothing, FlowSchedule(), data["latents"], draws, 500.0, {}, mask)
         torch.testing.assert_close(found, target[..., :1].square().mean((1, 2, 3, 4)))
 
     def test_colours(self):

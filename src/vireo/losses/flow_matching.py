@@ -1,4 +1,4 @@
-"""Flow matching: the same training as `Denoising` on a `FlowMatching` schedule, for videos.
+"""Flow matching: the same training as `Denoising` on a `FlowSchedule` schedule, for videos.
 
 The network is told 1000 sigma of the very noise level that its latents have. (The published recipe looks the two up in
 tables of opposite order, so that they differ by 342 of 1000 on average.)
@@ -9,14 +9,14 @@ from typing import Literal
 
 from torch import Tensor
 
-from vireo.diffusion.flow_matching import FlowMatching
+from vireo.diffusion.flow_schedule import FlowSchedule
 from vireo.diffusion.latent_masks import latent_mask
 from vireo.errors import UserError
 from vireo.losses.denoising import Denoising
 from vireo.randomness import Draws
 
 
-class FlowMatchingLoss(Denoising):
+class FlowMatching(Denoising):
     """Mean squared error, in float32, of noise - clean for latents (B, C, t, h, w).
 
     noise_schedule, inputs, condition_dropout, image_inputs, timestep_sampling, timestep_bins: see `Denoising`. A
@@ -31,11 +31,11 @@ class FlowMatchingLoss(Denoising):
     Raises UserError for values out of range and names that are not there.
     """
 
-    noise_schedule: FlowMatching  # type: ignore[assignment]  # has what a NoiseSchedule has
+    noise_schedule: FlowSchedule  # type: ignore[assignment]  # has what a NoiseSchedule has
 
     def __init__(
         self,
-        noise_schedule: FlowMatching,
+        noise_schedule: FlowSchedule,
         inputs: Sequence[str],
         condition_dropout: float = 0.0,
         image_inputs: Sequence[str] = (),

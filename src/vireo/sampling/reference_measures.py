@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vireo.diffusion.flow_matching import FlowMatching
+from vireo.diffusion.flow_schedule import FlowSchedule
 from vireo.pixels import to_uint8
 from vireo.randomness import Draws
 
@@ -17,7 +17,7 @@ WHITE = 250  # the background of references, and what is almost that
 
 def flow_errors(
     network: nn.Module,
-    noise_schedule: FlowMatching,
+    noise_schedule: FlowSchedule,
     latents: Tensor,
     draws: Draws,
     timestep: float,

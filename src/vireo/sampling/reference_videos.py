@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vireo.diffusion.flow_matching import FlowMatching
+from vireo.diffusion.flow_schedule import FlowSchedule
 from vireo.diffusion.guidance import TwoScaleGuidance
 from vireo.errors import UserError
 from vireo.models.wan_attention import KeyValueCache
@@ -41,7 +41,7 @@ class ReferenceSampler(Sampler):
 
     def __init__(
         self,
-        noise_schedule: FlowMatching,
+        noise_schedule: FlowSchedule,
         inputs: Sequence[str],
         num_frames: int,
         height: int,
@@ -136,38 +136,33 @@ class RollOutSampler(ReferenceSampler):
     steps the estimate of the clean latents is noised afresh, and when a group is finished, one more pass puts its keys
     and values into the cache. For causal networks, distilled ones by default: four steps without guidance.
 
-    denoising_steps: of 1000, from noise to clean, before the shift. context_noise: noise level, of 1000, at which the
-    finished frames are shown to those after them. group_frames: of the network. Further arguments: `ReferenceSampler`.
+    denoising_steps: of 1000, from noise to clean, before the shift; None: num_inference_steps of them, evenly spaced:
+        1000, 750, 500 and 250 for four. context_noise: noise level, of 1000, at which finished frames are shown to
+        later ones. group_frames: of the network. Further arguments: see `ReferenceSampler`.
     """
 
     def __init__(
         self,
-        noise_schedule: FlowMatching,
+        noise_schedule: FlowSchedule,
         inputs: Sequence[str],
         num_frames: int,
         height: int,
         width: int,
-        denoising_steps: Sequence[int] = (1000, 750, 500, 250),
-        context_noise: float = 0.0,
-        group_frames: int = 3,
+        num_inference_steps: int = 4,
         text_guidance: float = 1.0,
         reference_guidance: float = 1.0,
         reference_scale: float = 1.0,
+        denoising_steps: Sequence[int] | None = None,
+        context_noise: float = 0.0,
+        group_frames: int = 3,
     ) -> None:
-        super().__init__(
-            noise_schedule,
-            inputs,
-            num_frames,
-            height,
-            width,
-            max(1, len(denoising_steps)),
-            text_guidance,
-            reference_guidance,
-            reference_scale,
-        )
+        guidance = (text_guidance, reference_guidance, reference_scale)
+        super().__init__(noise_schedule, inputs, num_frames, height, width, num_inference_steps, *guidance)
         most = noise_schedule.num_train_timesteps
+        if denoising_steps is None:
+            denoising_steps = [most - most * step // num_inference_steps for step in range(num_inference_steps)]
         ordered = list(denoising_steps) == sorted(set(denoising_steps), reverse=True)
-        if not denoising_steps or not ordered or not (min(denoising_steps) >= 1 and max(denoising_steps) <= most):
+        if not denoising_steps or not ordered or min(denoising_steps) < 1 or max(denoising_steps) > most:
             raise UserError(
                 f"model.sampler.denoising_steps are whole numbers from {most} down to 1, got {list(denoising_steps)}."
             )

@@ -13,7 +13,7 @@ from torch import Tensor
 from vireo.errors import UserError
 
 
-class FlowMatching:
+class FlowSchedule:
     """Noise levels sigma for what the network is told, timesteps = num_train_timesteps sigma; floats.
 
     A timestep is its own noise level, so the two cannot be paired wrongly. Training draws an index, 0 (almost clean) to

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tests.golden.fill import noise
 from tests.wan import golden
 
-from vireo.diffusion.flow_matching import FlowMatching
+from vireo.diffusion.flow_schedule import FlowSchedule
 from vireo.errors import UserError
 
 DESCRIBED, REFERENCE = golden("flow_matching")
@@ -25,13 +25,13 @@ def latents(name):
 
 
 def test_the_table():
-    found = FlowMatching().timesteps(INDICES)
+    found = FlowSchedule().timesteps(INDICES)
     close(found, REFERENCE["timesteps"])
     close(found / 1000, REFERENCE["sigmas"])
 
 
 def test_the_network_is_told_the_noise_level_that_it_gets():
-    schedule = FlowMatching()
+    schedule = FlowSchedule()
     timesteps = schedule.timesteps(FRAME_INDICES)
     close(timesteps, REFERENCE["t_correct"])
     assert (timesteps - REFERENCE["t_as_published"]).abs().max() > 300  # of the mirrored index
@@ -40,7 +40,7 @@ def test_the_network_is_told_the_noise_level_that_it_gets():
 
 
 def test_noise_target_and_loss():
-    schedule, timesteps = FlowMatching(), FlowMatching().timesteps(FRAME_INDICES)
+    schedule, timesteps = FlowSchedule(), FlowSchedule().timesteps(FRAME_INDICES)
     clean, noise_, prediction = latents("x0"), latents("noise"), latents("flow_pred")
     noisy = schedule.add_noise(clean, noise_, timesteps)
     close(noisy.transpose(1, 2), REFERENCE["x_t"])
@@ -52,7 +52,7 @@ def test_noise_target_and_loss():
 
 @given(st.lists(st.floats(0, 1000), min_size=2, max_size=2), st.floats(0.2, 12))
 def test_a_prediction_leads_back(timesteps, shift):
-    schedule, timesteps = FlowMatching(shift=shift), torch.tensor(timesteps)
+    schedule, timesteps = FlowSchedule(shift=shift), torch.tensor(timesteps)
     clean, noise_ = latents("x0"), latents("noise")
     target = schedule.target(clean, noise_, timesteps)
     close(schedule.to_clean(target, schedule.add_noise(clean, noise_, timesteps), timesteps), clean, 1e-5)
@@ -60,7 +60,7 @@ def test_a_prediction_leads_back(timesteps, shift):
 
 @pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler"])
 def test_a_perfect_prediction_is_sampled_exactly(name):
-    schedule = FlowMatching()
+    schedule = FlowSchedule()
     scheduler = schedule.scheduler(name)
     scheduler.set_timesteps(6)
     clean, sample = latents("x0"), latents("noise")
@@ -71,29 +71,29 @@ def test_a_perfect_prediction_is_sampled_exactly(name):
 
 
 def test_noise_levels_of_a_few_steps_are_shifted_once():
-    scheduler = FlowMatching().scheduler("FlowMatchEulerDiscreteScheduler")
+    scheduler = FlowSchedule().scheduler("FlowMatchEulerDiscreteScheduler")
     scheduler.set_timesteps(5)
-    wanted = FlowMatching().timesteps(torch.tensor([999, 799, 599, 399, 199]))
+    wanted = FlowSchedule().timesteps(torch.tensor([999, 799, 599, 399, 199]))
     close(scheduler.timesteps, wanted, 1e-5)
-    multistep = FlowMatching().scheduler("UniPCMultistepScheduler")
+    multistep = FlowSchedule().scheduler("UniPCMultistepScheduler")
     multistep.set_timesteps(5)
     close(multistep.sigmas, scheduler.sigmas, 1e-3)
 
 
 def test_another_shift_can_be_sampled_with():
-    assert FlowMatching().scheduler("FlowMatchEulerDiscreteScheduler", shift=8.0).config.shift == 8.0
-    assert FlowMatching().scheduler("UniPCMultistepScheduler").config.flow_shift == 5.0
+    assert FlowSchedule().scheduler("FlowMatchEulerDiscreteScheduler", shift=8.0).config.shift == 8.0
+    assert FlowSchedule().scheduler("UniPCMultistepScheduler").config.flow_shift == 5.0
 
 
 @pytest.mark.parametrize("name", ["DDIMScheduler", "NoSuchScheduler"])
 def test_other_schedulers_are_refused(name):
     with pytest.raises(UserError, match=f"no scheduler '{name}' for flows"):
-        FlowMatching().scheduler(name)
+        FlowSchedule().scheduler(name)
 
 
 def test_wrong_settings_are_refused():
     with pytest.raises(UserError, match="does not take eta"):
-        FlowMatching().scheduler("FlowMatchEulerDiscreteScheduler", eta=1)
+        FlowSchedule().scheduler("FlowMatchEulerDiscreteScheduler", eta=1)
     for wrong in ({"shift": 0}, {"num_train_timesteps": 1}):
         with pytest.raises(UserError, match=r"model\.noise_schedule"):
-            FlowMatching(**wrong)
+            FlowSchedule(**wrong)
