@@ -89,7 +89,7 @@ def test_a_reference_is_encoded_by_itself(encoder):
 def test_text_is_what_the_pipeline_makes_of_it(weights, encoder):
     import diffusers
 
-    pipeline = diffusers.WanPipeline.from_pretrained(weights / wan_networks.WAN, torch_dtype=torch.float32)
+    pipeline = diffusers.WanPipeline.from_pretrained(weights / wan_networks.WAN, dtype=torch.float32)
     texts = ["a small thing moves up on sand", "Unknown words, too", ""]
     expected = pipeline._get_t5_prompt_embeds(texts, max_sequence_length=512)
     found = encoder.encode("prompt_embeds", texts)
@@ -150,3 +150,14 @@ def test_memory_is_known_before_loading(weights):
     sizes = made.weight_bytes()
     assert sizes["VAE"] == 4 * sum(p.numel() for p in made.loaded_vae.parameters())
     assert sizes["image encoder"] == 4 * sum(p.numel() for p in made.loaded_image_encoder.parameters())
+
+
+def test_a_network_for_other_image_tokens_is_refused(encoder):
+    found = encoder(batch(), Draws(0, [0, 1]))
+    network = torch.nn.ModuleDict(
+        {"clip_proj": torch.nn.ModuleDict({"proj": torch.nn.Sequential(torch.nn.LayerNorm(32))})}
+    )
+    encoder.check_network(network, found)
+    network["clip_proj"]["proj"] = torch.nn.Sequential(torch.nn.LayerNorm(1280))
+    with pytest.raises(UserError, match="width 32, model.network.clip_dim is 1280"):
+        encoder.check_network(network, found)

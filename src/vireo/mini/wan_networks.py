@@ -86,7 +86,7 @@ SHIPPED_CAUSAL = Path(__file__).parent / "weights" / "wan_transformer_causal"
 def write(weights: Path) -> None:
     """The three folders below `weights`, without Wan's VAE, which is shipped."""
     write_pipeline(weights / WAN)
-    write_generator(weights / LONGLIVE / "models" / "longlive_base.pt")
+    write_generator(weights / LONGLIVE / "models")
     save("transformers", "CLIPVisionModel", VISION, weights / SKYREELS / "image_encoder")
     write_json(weights / SKYREELS / "image_processor" / "preprocessor_config.json", PROCESSOR)
 
@@ -102,16 +102,25 @@ def write_pipeline(folder: Path) -> None:
     save("diffusers", "WanTransformer3DModel", TRANSFORMER, folder / "transformer", SHIPPED_TRANSFORMER)
 
 
-def write_generator(file: Path) -> None:
-    """A generator with causal frames, in LongLive's layout: {"generator": …} with Wan's own names."""
+def write_generator(folder: Path) -> None:
+    """A generator with causal frames and a LoRA in LongLive's layout: {"generator": …} with Wan's own names.
+
+    The LoRA, of one layer in each block, changes nothing, so that merging it does no harm.
+    """
     import torch
 
     from vireo.models.wan_weights import to_published
 
     network = made("diffusers", "WanTransformer3DModel", TRANSFORMER, SHIPPED_CAUSAL)
     state = {f"model.{to_published(name).replace('_fused', '')}": value for name, value in network.state_dict().items()}
-    file.parent.mkdir(parents=True)
-    torch.save({"generator": state}, file)
+    lora = {}
+    for name, weight in state.items():
+        if name.endswith("self_attn.q.weight"):
+            layer, (height, width) = name.removesuffix(".weight"), weight.shape
+            lora |= {f"{layer}.lora_A.weight": torch.ones(4, width), f"{layer}.lora_B.weight": torch.zeros(height, 4)}
+    folder.mkdir(parents=True)
+    torch.save({"generator": state}, folder / "longlive_base.pt")
+    torch.save({"generator_lora": lora}, folder / "lora.pt")
 
 
 def _captions() -> list[str]:

@@ -122,10 +122,11 @@ class ReferenceEncoder(Encoder):
         return {**batch, **made}
 
     def check_network(self, network: nn.Module, batch: dict[str, Any]) -> None:
-        """Refuse a network whose projection expects image tokens of another width."""
-        expected = getattr(network, "clip_dim", None)
+        """Refuse a network that expects image tokens of another width. Raises UserError."""
         found = batch["reference_clip"].shape[-1]
-        if expected not in (None, found):
+        first = (p.shape for name, p in network.named_parameters() if name.endswith("clip_proj.proj.0.weight"))
+        (expected,) = next(first, (found,))
+        if expected not in (0, found):  # 0: in another process's part
             raise UserError(
                 f"{self.image_part.folder} gives tokens of width {found}, model.network.clip_dim is {expected}: set it "
                 f"to {found}, or model.encoder.image_encoder to another folder."
