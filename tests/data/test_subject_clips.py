@@ -197,6 +197,7 @@ def test_clips_of_one_video_are_held_out_together(root):
     assert not names["train"] & names["validation"]
     assert sum(map(len, names.values())) == 3 and len(parts["train"]) + len(parts["validation"]) == 6
     assert len(clips(root, held_out=0, split="validation")) == 0
+    assert [len(clips(root, held_out="same", split=split)) for split in ("train", "validation")] == [6, 6]
 
 
 def test_a_list_holds_out(root, tmp_path):

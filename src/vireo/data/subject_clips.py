@@ -47,8 +47,9 @@ class SubjectClips:
     root: of OpenS2V-5M (`Jsons/mask_and_bbox/<part>.json`, `Videos/<part>/`) or its demonstration (`demo_result/`), or
         a folder with either in `subject_clips/`. annotations, videos: files and folders of other places, below root or
         not, as many of the one as of the other. The files are indexed once (`vireo.data.json_index`).
-    split: "train" or "validation"; held_out: a share of the source videos, so that clips of one are not in both, or a
-        file with a name a line. The latter always shows the middle of a clip and the same subjects.
+    split: "train" or "validation"; held_out: a share of the source videos, so that clips of one are not in both; a file
+        with a name a line; or "same", to train and to validate on all there is, as one does to overfit a clip.
+        Validation always shows the middle of a clip and the same subjects.
     sample_stride: frames of the video from one to the next; target_fps: frames a second instead.
     windows: how many starts a training clip has, the same in each epoch, so that they can be cached; null draws anew.
     subject_selection: "first" mask, "random", or "best_score"; prefer_tagged: subjects and people before other things.
@@ -334,6 +335,8 @@ class SubjectClips:
         if not len(groups):
             told = shortened(self._problems())
             raise UserError(f"no clip of {self.root} can be used:\n{told or '  the annotation files are empty'}")
+        if self.held_out == "same":
+            return parts, np.concatenate(rows)
         wanted = np.isin(groups, self._held_out_groups(groups)) == (self.split == "validation")
         if not wanted.any() and self.split == "train":
             raise UserError(f"data.held_out={self.held_out} holds out all clips: none is left to train on")
@@ -351,7 +354,7 @@ class SubjectClips:
 
     def _listed(self, file: Path) -> list[str]:
         if not file.is_file():
-            raise UserError(f"data.held_out={self.held_out}: expected a share below 1, or a file; there is no {file}")
+            raise UserError(f"data.held_out={self.held_out}: expected a share below 1, same, or a file; there is no {file}")
         names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
         unknown = [name for name in names if self._named(name) is None]
         if unknown or not names:

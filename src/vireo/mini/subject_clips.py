@@ -18,7 +18,7 @@ from vireo.mini.captioned_clips import GROUNDS, SIZES, Meaning, scene
 from vireo.mini.world import FPS, write_video
 
 PART = "mini"
-NUM_CLUSTERS = 240
+NUM_CLUSTERS = 160
 SIDE = 64  # pixels
 SEED = 700_000  # of the first clip; the other layouts' scenes have other seeds
 
