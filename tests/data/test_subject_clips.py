@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from vireo.data import rle
 from vireo.data.references import Augmentation
@@ -317,6 +318,21 @@ def test_all_wrong_arguments_are_told_together(root):
         clips(root, sample_stride=0, subject_selection="best", held_out=1.5, windows=0, subject_area=[0.5, 0.1])
     for name in ("sample_stride", "subject_selection", "held_out", "windows", "subject_area"):
         assert name in str(told.value)
+
+
+def test_a_sample_of_files(tmp_path):
+    Image.new("RGB", (8, 4), (9, 9, 9)).save(tmp_path / "a.png")
+    Image.new("RGBA", (4, 4), (9, 9, 9, 0)).save(tmp_path / "b.png")
+    sample = SubjectClips.from_files(16, 16, "a dog", f"{tmp_path / 'a.png'}, {tmp_path / 'b.png'}")
+    assert sample["references"].shape == (2, 3, 16, 16) and sample["clip_references"].shape == (2, 3, 512, 512)
+    assert (
+        sample["references"][0, :, 8, 8].tolist() == [9] * 3 and sample["references"][0, :, 0, 0].tolist() == [255] * 3
+    )
+    assert sample["references"][1].min() == 255  # all of it is transparent
+    assert sample["reference_mask"].tolist() == [True, True] and sample["prompt"] == "a dog"
+    assert SubjectClips.from_files(16, 16, "a dog")["reference_mask"].tolist() == [False]
+    with pytest.raises(BadVideoError, match="no such picture"):
+        SubjectClips.from_files(16, 16, "a dog", str(tmp_path / "c.png"))
 
 
 def test_the_report(root, changed):

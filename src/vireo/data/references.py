@@ -1,6 +1,7 @@
 """Pictures of a subject, cut out of a frame by its mask, for a model to be shown."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from vireo.data.transforms import jitter_colors
 from vireo.randomness import Draws
+from vireo.video_io import read_image
 
 WHITE = 255
 Background = Literal["white", "keep"]
@@ -41,6 +43,13 @@ def cut_out(picture: NDArray[np.uint8], mask: NDArray[np.bool_], background: Bac
     inside = slice(box[1], box[3]), slice(box[0], box[2])
     shown = mask[inside]
     return Cutout(picture[inside], shown if background == "white" else np.ones_like(shown))
+
+
+def read_cutout(path: Path) -> Cutout:
+    """A picture in a file, of which what is transparent is not shown. Raises BadVideoError if it cannot be read."""
+    picture = read_image(path).permute(1, 2, 0).numpy()
+    with Image.open(path) as image:
+        return Cutout(picture, np.asarray(image.convert("RGBA"))[..., 3] > 127)
 
 
 def letterbox(cutout: Cutout, height: int, width: int) -> Tensor:

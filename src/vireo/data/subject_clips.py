@@ -16,7 +16,7 @@ from vireo.data import subject_parts
 from vireo.data.clip_sampling import spread_clip
 from vireo.data.json_index import hashed
 from vireo.data.listing import shortened
-from vireo.data.references import Augmentation, Background, blank, letterbox
+from vireo.data.references import Augmentation, Background, blank, letterbox, read_cutout
 from vireo.data.source import Source, identify
 from vireo.data.subject_annotations import cluster
 from vireo.data.subject_choice import SELECTIONS, Chosen, Filters, Selection, choose
@@ -148,7 +148,7 @@ class SubjectClips:
             draws = Draws("any order", [0])
             chosen = self._choose(clip, limit, draws)
             references = [Reference(one, self.background) for one in self._shown(clip, chosen, None)]
-            for field, size in self._sizes.items():
+            for field, size in _sizes(self.height, self.width).items():
                 found[field] = [self._picture(reference, size, 0, None) for reference in references]
                 if len(chosen) < self.max_subjects:
                     found[field].append(_blank(size))
@@ -198,11 +198,20 @@ class SubjectClips:
         """For `vireo prepare`: index the annotation files, and look for every video. Returns what to tell."""
         return "\n".join(map(subject_parts.report, find_parts(Path(root).expanduser(), annotations, videos)))
 
-    # ------------------------------------------------------------------ what a sample shows
+    @staticmethod
+    def from_files(height: int, width: int, prompt: str, reference: str | None = None) -> dict[str, Any]:
+        """For `vireo sample`: a sample without a clip, of a prompt and files of pictures with commas between them.
 
-    @property
-    def _sizes(self) -> dict[str, tuple[int, int]]:
-        return {"references": (self.height, self.width), "clip_references": (CLIP_SIDE, CLIP_SIDE)}
+        Raises BadVideoError for a picture that cannot be read.
+        """
+        files = [Path(name.strip()).expanduser() for name in (reference or "").split(",") if name.strip()]
+        cutouts = [read_cutout(file) for file in files]
+        made: dict[str, Any] = {"prompt": prompt, "name": prompt}
+        for field, size in _sizes(height, width).items():
+            made[field] = torch.stack([letterbox(cutout, *size) for cutout in cutouts] or [blank(*size)])
+        return made | {"reference_mask": torch.tensor([True] * len(files) or [False])}
+
+    # ------------------------------------------------------------------ what a sample shows
 
     def _clip(self, index: int) -> Clip:
         return self.parts[self._part_of[index]].clip(int(self._row_of[index]))
@@ -256,7 +265,7 @@ class SubjectClips:
 
     def _pictures(self, shown: Sequence[Reference], draws: Draws) -> dict[str, list[Source]]:
         found = {}
-        for field, size in self._sizes.items():
+        for field, size in _sizes(self.height, self.width).items():
             pictures = [self._picture(reference, size, number, draws) for number, reference in enumerate(shown)]
             found[field] = pictures + [_blank(size)] * (self.max_subjects - len(shown))
         return found
@@ -354,7 +363,7 @@ class SubjectClips:
 
     def _listed(self, file: Path) -> list[str]:
         if not file.is_file():
-            raise UserError(f"data.held_out={self.held_out}: expected a share below 1, same, or a file; there is no {file}")
+            raise UserError(f"data.held_out={self.held_out}: expected a share below 1, same, or a file: no {file}")
         names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
         unknown = [name for name in names if self._named(name) is None]
         if unknown or not names:
@@ -418,6 +427,11 @@ class SubjectClips:
 class Window(NamedTuple):
     start: float
     is_fixed: bool
+
+
+def _sizes(height: int, width: int) -> dict[str, tuple[int, int]]:
+    """Of the pictures of a reference by their fields."""
+    return {"references": (height, width), "clip_references": (CLIP_SIDE, CLIP_SIDE)}
 
 
 def _blank(size: tuple[int, int]) -> Source:

@@ -113,7 +113,7 @@ def write_generator(folder: Path) -> None:
 
     network = made("diffusers", "WanTransformer3DModel", TRANSFORMER, SHIPPED_CAUSAL)
     state = {f"model.{to_published(name).replace('_fused', '')}": value for name, value in network.state_dict().items()}
-    lora = {}
+    lora: dict[str, torch.Tensor] = {}
     for name, weight in state.items():
         if name.endswith("self_attn.q.weight"):
             layer, (height, width) = name.removesuffix(".weight"), weight.shape
