@@ -51,6 +51,7 @@ class TestGain:
         rows = evaluated(ReferenceGain(timesteps=[1000.0], batch_size=2), Looks())
         regions = {(row["timestep"], row["region"]) for row in rows}
         assert regions == {(t, r) for t in (1000.0, "all") for r in ("frame", "subject")} and len(rows) == 4
+        assert [row["timestep"] for row in rows] == [1000.0, 1000.0, "all", "all"]
         for row in rows:
             assert row["clips"] == 3 and row["right"] == pytest.approx(0.01, rel=0.2)
             # Clip 0 sees 1's number, 1 sees 2's, 2 sees 0's: squared errors of 1, 1 and 4. Without any: 0, 1 and 4.

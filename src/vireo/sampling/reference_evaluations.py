@@ -72,7 +72,7 @@ class ReferenceGain:
                         found[timestep, region][case].append(errors)
                         found["all", region][case].append(errors)
         rows = []
-        for (timestep, region), cases_of in found.items():
+        for (timestep, region), cases_of in sorted(found.items(), key=lambda entry: entry[0][0] == "all"):
             means = {case: float(torch.cat(errors).mean()) for case, errors in cases_of.items()}
             gains = {f"gain_over_{case}": means[case] - means["right"] for case in ("other", "none")}
             rows.append({"timestep": timestep, "region": region, **means, **gains, "clips": len(indices)})
