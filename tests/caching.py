@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tests.toys import ToyNetwork
 from vireo.cache import Cache
-from vireo.data.source import Source, identify
+from vireo.data.source import Source, check_content, identify
 from vireo.digests import file_digest, file_digests
 from vireo.losses.objective import Loss, Objective
 from vireo.models.encoders import Encoder
@@ -64,6 +64,7 @@ class Pictures:
         return {"frames": frames, "target": target, "prompt": f"move {index % 2}", "name": f"row {index}"}
 
     def sources(self, index: int) -> dict:
+        self.digests |= file_digests(self.rows[index])
         *frames, target = [self.source(file) for file in self.rows[index]]
         return {"frames": frames, "target": [target], "prompt": [f"move {index % 2}"]}
 
@@ -72,7 +73,11 @@ class Pictures:
 
     def source(self, file: Path) -> Source:
         identity = identify(self.digests[str(file)], decoder="raw 1", side=self.side, flip=self.flip)
-        return Source(identity, functools.partial(self.decode, file), file.name)
+        return Source(identity, functools.partial(self.checked, identity, file), file.name)
+
+    def checked(self, identity: str, file: Path) -> Tensor:
+        check_content(identity, file, file.read_bytes())
+        return self.decode(file)
 
     def decode(self, file: Path) -> Tensor:
         self.decoded.append(file.name)

@@ -66,6 +66,15 @@ def test_values_are_those_of_the_encoder(tmp_path, data):
         assert torch.equal(value, encoder.encode("frame_moments", source.load()[None])[0])
 
 
+def test_progress_counts_what_is_encoded_not_what_is_written(tmp_path, data, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(cache_filling, "PROGRESS_EVERY", -1.0)
+    fill(tmp_path / "cache", splits(data), Latents(), batch_size=4)
+    told = [record.getMessage() for record in caplog.records if "s left" in record.getMessage()]
+    shares = [int(line.split()[2]) for line in told]
+    assert shares == sorted(shares) and len(set(shares)) == len(shares) > 3 and shares[-1] == PICTURES + TEXTS
+
+
 def test_weights_are_freed_afterwards_and_work_again(tmp_path, data):
     encoder = Latents()
     fill(tmp_path / "cache", splits(data), encoder)
@@ -179,12 +188,122 @@ def test_ranks_share_the_work(tmp_path, data, monkeypatch):
     assert sum(encoded) == alone == PICTURES + TEXTS and min(encoded) > 0
 
 
+@pytest.mark.parametrize("kind", [RuntimeError, UserError])
+def test_what_ends_one_rank_ends_all_with_its_error(tmp_path, data, kind):
+    def fails():
+        raise kind("out of memory, say")
+
+    def child(rank, queue):
+        store = f"file://{tmp_path}/store"
+        torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+        encoder = Disturbed(lambda: None, *([fails] if rank else []))
+        try:
+            cache_filling.fill(cache_of(encoder, tmp_path / "cache"), splits(data), encoder, "toy", batch_size=2)
+        except Exception as error:
+            torch.distributed.barrier()  # the other one is there, it waits for nothing else
+            queue.put((rank, type(error).__name__, str(error)))
+        os._exit(0)
+
+    fork = multiprocessing.get_context("fork")
+    queue = fork.SimpleQueue()
+    ranks = [fork.Process(target=child, args=(rank, queue)) for rank in range(2)]
+    for one in ranks:
+        one.start()
+    for one in ranks:
+        one.join(60)
+    assert [one.exitcode for one in ranks] == [0, 0]
+    (_, *others), (_, *failing) = sorted(queue.get() for _ in ranks)
+    assert failing[0] == kind.__name__ and failing[1].startswith("out of memory, say")
+    told = "the encoding cache cannot be filled: rank 1: RuntimeError: " if kind is RuntimeError else ""
+    assert others == [kind.__name__, f"{told}{failing[1]}"]
+
+
 def test_files_that_cannot_be_read_are_left_out_with_a_warning(tmp_path, data, caplog):
     (data / "1_2.raw").write_bytes(b"short")
     encoder = Latents()
     filled = cache_filling.fill(cache_of(encoder, tmp_path / "cache"), splits(data), encoder, "toy", batch_size=8)
     assert filled.encoded == PICTURES + TEXTS - 1 and len(filled.unreadable) == 1
     assert "1_2.raw: is cut off" in caplog.text
+
+
+class Disturbed(Latents):
+    """Before the n-th encoding something happens to the files."""
+
+    def __init__(self, *happenings, weights=None):
+        super().__init__(weights)
+        self.happenings = list(happenings)
+
+    def encode(self, output, values):
+        if self.happenings:
+            self.happenings.pop(0)()
+        return super().encode(output, values)
+
+
+def holds_what_its_keys_say(folder, root):
+    """Whether every entry of a picture is the encoding of a file that is there now, computed afresh."""
+    digests._remembered.clear()
+    datasets, encoder, found = splits(root), Latents(), 0
+    store = cache_of(encoder, folder)
+    for dataset in datasets.values():
+        for index in range(len(dataset)):
+            for field in ("frames", "target"):
+                for source in dataset.sources(index)[field]:
+                    value = store.read("frame_moments", source.identity)
+                    expected = encoder.encode("frame_moments", source.load()[None])[0]
+                    found += value is not None
+                    if value is not None and not torch.allclose(value, expected, atol=1e-5):
+                        return False
+    return found == len(list(entries(folder))) - TEXTS
+
+
+def test_a_file_that_changes_meanwhile_is_encoded_as_what_it_became(tmp_path, data, caplog):
+    encoder = Disturbed(lambda: write_picture(data / "2_3.raw", 231))
+    filled = cache_filling.fill(cache_of(encoder, tmp_path / "cache"), splits(data), encoder, "toy", batch_size=2)
+    assert "1 files changed while they were encoded" in caplog.text and "not cached" not in caplog.text
+    assert filled.encoded == filled.entries == PICTURES + TEXTS and not filled.unreadable
+    assert len(list(entries(tmp_path / "cache"))) == PICTURES + TEXTS
+    assert holds_what_its_keys_say(tmp_path / "cache", data)
+
+
+def test_a_file_that_changes_between_two_looks_is_not_stored(tmp_path, data, monkeypatch):
+    """After its identity was compared, and before its bytes are read."""
+    original = Pictures.checked
+
+    def late(self, identity, file):
+        if file.name == "2_3.raw" and not self.decoded.count("late"):
+            self.decoded.append("late")
+            write_picture(file, 231)
+        return original(self, identity, file)
+
+    monkeypatch.setattr(Pictures, "checked", late)
+    fill(tmp_path / "cache", splits(data), Latents())
+    assert holds_what_its_keys_say(tmp_path / "cache", data)
+
+
+def test_a_file_that_keeps_changing_is_left_out(tmp_path, data, caplog, monkeypatch):
+    levels, original = iter(range(100, 200)), Pictures.checked
+
+    def restless(self, identity, file):
+        if file.name == "2_3.raw":
+            write_picture(file, next(levels))
+        return original(self, identity, file)
+
+    monkeypatch.setattr(Pictures, "checked", restless)
+    encoder = Latents()
+    filled = cache_filling.fill(cache_of(encoder, tmp_path / "cache"), splits(data), encoder, "toy", batch_size=1)
+    assert filled.encoded == PICTURES + TEXTS - 1 and len(filled.unreadable) == filled.changed == 1
+    assert "2_3.raw: has changed" in caplog.text
+
+
+def test_weights_that_change_meanwhile_store_nothing(tmp_path, data):
+    weights = tmp_path / "weights"
+    weights.write_bytes(b"1")
+    encoder = Disturbed(lambda: None, lambda: weights.write_bytes(b"22"), weights=str(weights))
+    with pytest.raises(UserError, match="the weights that make target_moments have changed"):
+        cache_filling.fill(cache_of(encoder, tmp_path / "cache"), splits(data), encoder, "toy", batch_size=100)
+    (manifest,) = cache_manifests.read(tmp_path / "cache")
+    kept = {manifest.entries[path.stem].output for path in entries(tmp_path / "cache")}
+    assert "target_moments" not in kept
 
 
 def test_an_encoding_that_is_not_finite_names_the_file(tmp_path, data):

@@ -5,6 +5,7 @@ import time
 import pytest
 import torch
 
+from vireo import cache
 from vireo.cache import Cache, entries
 from vireo.cache_manifests import UNFINISHED_AFTER, Listed, differences, prune, read, reasons, write
 from vireo.errors import UserError
@@ -65,6 +66,47 @@ def test_prune_removes_what_was_left_unfinished_long_ago(store):
     os.utime(old, (time.time() - 2 * UNFINISHED_AFTER,) * 2)
     prune(store.folder)
     assert not old.exists() and fresh.exists() and store.holds("moments", "a")
+
+
+def during(monkeypatch, happening):
+    """Something happens once the manifests have been read, while the entries are looked at."""
+    original = cache.entries
+    monkeypatch.setattr(cache, "entries", lambda folder: (happening(), original(folder))[1])
+
+
+def sources_held(store):
+    return {source for source in "abcd" if store.holds("moments", source)}
+
+
+def test_a_run_that_starts_while_pruning_keeps_the_old_entries_that_it_needs(store, monkeypatch):
+    write(store.folder, "one", add(store, "a"))
+    old = add(store, "b", "c")
+    key = store.key("moments", "b")
+    during(monkeypatch, lambda: write(store.folder, "two", {key: old[key]}))
+    assert prune(store.folder)[::2] == (1, 2) and sources_held(store) == set("ab")
+    assert not list(cache.unfinished(store.folder))
+
+
+def test_what_is_written_while_pruning_stays(store, monkeypatch):
+    """Also what no manifest lists: of a filling whose composition has got another manifest since."""
+    write(store.folder, "one", add(store, "a"))
+    add(store, "b")
+
+    def happening():
+        time.sleep(0.02)  # the clock of files is coarse
+        add(store, "c")
+
+    during(monkeypatch, happening)
+    assert prune(store.folder)[::2] == (1, 2) and sources_held(store) == set("ac")
+
+
+def test_a_manifest_that_breaks_while_pruning_removes_nothing(store, monkeypatch):
+    file = write(store.folder, "one", add(store, "a"))
+    add(store, "b")
+    during(monkeypatch, lambda: file.write_text("half"))
+    with pytest.raises(UserError, match="one.json cannot be read"):
+        prune(store.folder)
+    assert sources_held(store) == set("ab")
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"encoders": [], "entries": {"k": ["moments", "a", 0, "a"]}}'])

@@ -62,6 +62,23 @@ def test_only_a_changed_file_is_read_again(tmp_path, read):
     assert read == ["a", "b", "b"]
 
 
+def test_hard_links_are_no_change(tmp_path, read):
+    (path,) = write(tmp_path / "one", a=b"A")
+    file_digest(path)
+    for happening in (lambda: os.link(path, tmp_path / "link"), lambda: os.unlink(tmp_path / "link")):
+        happening()
+        forget()
+        assert file_digest(path) == expected(b"A")
+    assert read == ["a"]
+    os.link(path, tmp_path / "link")
+    assert file_digest(path) == expected(b"A") and read == ["a"]
+    write(tmp_path / "one", a=b"C")  # the same size, time of modification and number of links
+    assert file_digest(path) == expected(b"C") and read == ["a", "a"]
+    (other,) = write(tmp_path / "two", a=b"D")
+    os.replace(other, path)  # another number of links, but another file as well
+    assert file_digest(path) == expected(b"D") and read == ["a", "a", "a"]
+
+
 def test_a_moved_folder_has_the_same_digests(tmp_path):
     paths = write(tmp_path / "one", a=b"A", b=b"B")
     before = file_digests(paths)

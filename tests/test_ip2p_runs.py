@@ -1,6 +1,8 @@
 """What a run of the video editor promises, from its first step to its exported pipeline."""
 
+import json
 import re
+import shutil
 import signal
 import sys
 
@@ -11,7 +13,7 @@ from tests import edit_runs, runs
 from vireo import cache, checkpoint, cli, config, digests, launch, objects
 from vireo.models.image_encoders import ImageTextEncoder
 from vireo.sampling.video_ip2p_pipeline import VideoInstructPix2PixPipeline
-from vireo.verbs import evaluate, trained
+from vireo.verbs import evaluate, sample, trained
 
 CALM = ["validation.every=null", "validation.at_start=false", "validation.clips=1"]
 TEXT = ["model=ip2p_video_text", "freeze-policy=unet_text_encoder"]
@@ -77,6 +79,16 @@ def test_cached_and_uncached_runs_have_the_same_losses(words, plain, tmp_path):
     close(runs.train(tmp_path, *words, "cache=off", shrunk=False), plain)
     assert not (tmp_path / "cache").exists()
     assert "entries are missing" in (plain / "train.log").read_text()
+
+
+def test_a_second_start_reads_no_weights_to_know_them(words, plain, monkeypatch):
+    """Though the first one tried an export, wrote the best one and that of its end, with links to them."""
+    read, original = [], digests._read
+    monkeypatch.setattr(digests, "_read", lambda file: (read.append(file), original(file))[1])
+    digests._remembered.clear()
+    encoder = objects.encoder(config.load_resolved(plain / "resolved.yaml"))
+    assert [encoder.identity(output) for output in encoder.outputs]
+    assert not [file for file in read if file.endswith(".safetensors")]
 
 
 def test_accumulation_equals_a_larger_batch(words, plain, tmp_path):
@@ -192,3 +204,25 @@ def test_an_evaluation_encodes_nothing_that_is_cached(plain, tmp_path, monkeypat
     batch = trained.held_out(settings, encoder).batch([0, 1], torch.device("cpu"))
     assert {"frames", "frame_moments", "target", "prompt_embeds"} <= batch.keys()
     assert len(list(cache.entries(plain.parents[1] / "cache"))) == 6 * 21 + 6 + 1
+
+
+def test_a_held_out_clip_that_cannot_be_read_is_marked_and_never_replaced(plain, words, tmp_path, capsys):
+    [given] = [word.partition("=")[2] for word in words if word.startswith("paths.data=")]
+    data = shutil.copytree(given, tmp_path / "data")
+    damaged = data / edit_runs.HELD_OUT[1] / "20.png"
+    damaged.write_bytes(damaged.read_bytes()[:60])
+    told = [f"run={plain}", f"paths.data={data}", f"out={tmp_path}"]
+    assert evaluate.main([*told, "model.sampler.num_inference_steps=1"]) == 0
+    said, found = capsys.readouterr().out, json.loads((tmp_path / "metrics.json").read_text())
+    assert f"2 held-out clips, weights: {plain}" in said and f"left out: {damaged}: frame 20 of" in said
+    scored, marked = found["each"][:2], found["each"][2]
+    assert found["clips"] == 2 and [row["clip"] for row in scored] == [edit_runs.HELD_OUT[0], edit_runs.HELD_OUT[2]]
+    assert marked == {**dict.fromkeys(scored[0]), "clip": str(damaged)} and list(found["unreadable"]) == [str(damaged)]
+    assert found["mean"]["psnr"] == pytest.approx(sum(row["psnr"] for row in scored) / 2)
+    assert set(found["shown"].values()) == {row["clip"] for row in scored}
+    lines = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert len(lines) == 4 and lines[-1].startswith(str(damaged)) and set(lines[-1].removeprefix(str(damaged))) == {","}
+    assert sample.main([*told, "clips=3", "model.sampler.num_inference_steps=1"]) == 0
+    said = capsys.readouterr().out
+    assert f"clip 1 is left out: {damaged}: frame 20" in said and not list(tmp_path.glob("clip_001*"))
+    assert list(tmp_path.glob("clip_002_roll_out*"))

@@ -65,3 +65,13 @@ def test_generators_belong_to_their_samples():
     assert torch.equal(second, torch.randn(4, generator=one[0])) and not torch.equal(first, second)
     other = Draws(3, [9]).generators("other")[0]
     assert not torch.equal(second, torch.randn(4, generator=other))
+
+
+def test_once_numbers_are_keyed_by_the_step_alone():
+    for name in ("once_uniform", "once_normal"):
+        found = {getattr(Draws(0, [position], step=5), name)("size") for position in range(4)}
+        assert len(found) == 1
+        many = [getattr(Draws(0, [0], step=step), name)("size") for step in range(2000)]
+        mean, std = torch.tensor(many).mean(), torch.tensor(many).std()
+        expected = (0.5, 1 / 12**0.5) if name == "once_uniform" else (0.0, 1.0)
+        assert abs(mean - expected[0]) < 0.07 and abs(std - expected[1]) < 0.07

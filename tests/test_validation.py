@@ -38,6 +38,19 @@ def test_every_column_is_scored_beside_the_baselines(network):
     )
 
 
+def test_what_has_no_truth_is_shown_and_not_measured(network):
+    class Shown(Denoised):
+        def __call__(self, *arguments):
+            return {"prediction": super().__call__(*arguments)["prediction"]}
+
+        def measure(self, *arguments):
+            return {}
+
+    stream = Stream(ToyDataset(side=16), SEED, shuffle=False)
+    ((score, columns),) = score_clips(network, NoEncoder(), Denoise(), Shown(), stream, [0], 1, CPU)
+    assert score.measures == {} and list(columns) == ["prediction"]
+
+
 def test_the_loss_does_not_learn_in_validation(network):
     seen = []
 
@@ -131,13 +144,26 @@ def test_means_of_each_task(network):
     assert means_by_task([score for score, _ in scores(network, 2)]) == []
 
 
-def test_a_held_out_clip_that_cannot_be_read_is_told(network, caplog):
-    class Torn(ToyDataset):
-        def sample(self, index, draws):
-            if index == 1:
-                raise BadVideoError("clip1.mp4", "cut off")
-            return super().sample(index, draws)
+class Torn(ToyDataset):
+    """Whose clip 1 cannot be read."""
 
+    def sample(self, index, draws):
+        if index == 1:
+            raise BadVideoError("clip1.mp4", "cut off")
+        return {**super().sample(index, draws), "task": "move"}
+
+
+def test_a_held_out_clip_that_cannot_be_read_is_left_out_and_told(network, caplog, tmp_path):
     stream = Stream(Torn(side=16), SEED, shuffle=False)
-    names = [s.name for s, _ in score_clips(network, NoEncoder(), Denoise(), Denoised(), stream, [0, 1], 2, CPU)]
-    assert names == ["clip0", "clip2"] and "another is scored in its place: clip1.mp4: cut off" in caplog.text
+    found = list(score_clips(network, NoEncoder(), Denoise(), Denoised(), stream, [0, 1, 2], 2, CPU))
+    (first, _), (torn, nothing), (last, _) = found
+    assert (torn.clip, torn.name, torn.measures, torn.unreadable, nothing) == (1, "clip1.mp4", {}, "cut off", {})
+    assert [first.name, last.name] == ["clip0", "clip2"] and "left out of the scores: clip1.mp4: cut off" in caplog.text
+    scored = [score for score, _ in found]
+    assert means(scored)["psnr"] == pytest.approx((first.measures["psnr"] + last.measures["psnr"]) / 2)
+    assert {row["clips"] for row in means_by_task(scored)} == {2}
+    figures = validate(
+        network, NoEncoder(), Denoise(), Denoised(), stream, clips=3, batch_size=2, device=CPU, folder=tmp_path
+    )
+    assert figures.pop("unreadable_clips") == 1 and figures == pytest.approx(means(scored))
+    assert not list(tmp_path.glob("clip_001*")) and list(tmp_path.glob("clip_002*"))

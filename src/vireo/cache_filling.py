@@ -6,10 +6,11 @@ stays, so a filling that was interrupted goes on where it stopped.
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from vireo import cache_manifests, distributed, faults
 from vireo.cache import Cache, New, literal, text_identity, text_of
-from vireo.data.source import Source
+from vireo.data.source import ChangedError, Source
 from vireo.data.stream import Dataset, start_worker
 from vireo.errors import UserError
 from vireo.models.encoders import Encoder
@@ -46,12 +47,14 @@ class Wanted(NamedTuple):
 
 class Filled(NamedTuple):
     """entries: how many there should be. encoded: how many were added. unreadable: what could not be decoded, and why.
-    stopped: whether it was asked to stop. All ranks together."""
+    changed: how many files were others than when they were listed, of which nothing was written. stopped: whether it
+    was asked to stop. All ranks together."""
 
     entries: int
     encoded: int
     unreadable: list[str]
-    stopped: bool
+    changed: int = 0
+    stopped: bool = False
 
 
 def wanted(cache: Cache, datasets: Mapping[str, Dataset], unreadable: list[str] | None = None) -> dict[str, Wanted]:
@@ -110,21 +113,45 @@ def fill(
 
     name: of the manifest that says who needs these entries. batch_size: how many are encoded at once. workers, timeout:
     of the loader. thorough: believe an entry that is there only after its checksum. stop: ends it after a batch.
-    The encoder's weights are loaded when there is something to encode, and freed afterwards.
-    Raises UserError, on all ranks, for an encoding that is not finite (it names the file) and for a folder that cannot
-    be written. Files that cannot be read are left out, with a warning: the stream replaces them.
+    The encoder's weights are loaded when there is something to encode, and freed afterwards. Files that change
+    meanwhile are told and looked at once more, so that an entry never holds another content than its key says.
+    Raises UserError, on all ranks, for an encoding that is not finite (it names the file), for weights that are being
+    replaced and for a folder that cannot be written. Whatever else ends one rank (its memory, a worker that died) ends
+    all, as a RuntimeError that names it on the others. Files that cannot be read are left out, with a warning: the
+    stream replaces them.
     """
+    once = partial(_fill, cache, datasets, encoder, name, batch_size, workers, timeout, thorough, stop)
+    filled = once()
+    if filled.changed and not filled.stopped:
+        if distributed.is_main():
+            log.warning("%d files changed while they were encoded: they are looked at once more", filled.changed)
+        filled, before = once(), filled.encoded
+        filled = filled._replace(encoded=before + filled.encoded)
+    if filled.unreadable and distributed.is_main():
+        more = [f"and {len(filled.unreadable) - SHOWN} more"] if len(filled.unreadable) > SHOWN else []
+        log.warning("not cached, since it cannot be read:\n  %s", "\n  ".join([*filled.unreadable[:SHOWN], *more]))
+    return filled
+
+
+def _fill(
+    cache: Cache,
+    datasets: Mapping[str, Dataset],
+    encoder: Encoder,
+    name: str,
+    batch_size: int,
+    workers: int,
+    timeout: float,
+    thorough: bool,
+    stop: faults.StopRequest | None,
+) -> Filled:
     hashless: list[str] = []
-    entries = wanted(cache, datasets, hashless)
-    if hashless and distributed.is_main():
-        log.warning("not cached, since it cannot be read:\n  %s", "\n  ".join(hashless[:SHOWN]))
-    _write_manifest(cache, name, entries)
+    entries = _on_all_ranks(partial(_listed_first, cache, datasets, name, hashless))
     rank, world = distributed.rank(), distributed.world_size()
     mine = [one for key, one in entries.items() if int(key[:8], 16) % world == rank]
-    missing = [one for one in mine if not cache.holds(one.output, one.source, thorough)]
+    missing = _on_all_ranks(lambda: [one for one in mine if not cache.holds(one.output, one.source, thorough)])
     total = sum(distributed.gather(len(missing)))
     if not total:
-        return Filled(len(entries), 0, [], False)
+        return Filled(len(entries), 0, hashless)
     if distributed.is_main():
         log.info("encoding cache %s: %d of %d entries are missing", cache.folder, total, len(entries))
     share = _Share(cache, encoder, datasets, missing, batch_size, workers, timeout)
@@ -132,26 +159,30 @@ def fill(
     flags = 0
     with share.writer:
         # The ranks keep step, so that all of them learn at once of a stop or a fault.
-        for _ in range(max(distributed.gather(share.turns))):
+        turns = max(distributed.gather(share.turns))
+        for turn in range(1, turns + 1):
             share.take_turn()
             flags = distributed.vote((faults.STOP if stop else 0) | (faults.BAD_DATA if share.problem else 0))
             if flags:
                 break
             if time.monotonic() - told > PROGRESS_EVERY and distributed.is_main():
-                told, done = time.monotonic(), max(share.encoded, 1) * world
-                log.info("encoded about %d of %d, %.0f s left", done, total, (told - began) * (total / done - 1))
+                told, done = time.monotonic(), turn / turns
+                log.info("encoded about %d of %d, %.0f s left", done * total, total, (told - began) * (1 / done - 1))
         share.settle()
     encoder.free()
-    _raise_on_all_ranks(share.problem)
+    _end_all_ranks(share.problem)
     reports = distributed.gather((share.encoded, share.unreadable))
     encoded = sum(number for number, _ in reports)
-    unreadable = [reason for _, reasons in reports for reason in reasons]
+    unreadable = [one for _, some in reports for one in some]
     if distributed.is_main():
         log.info("encoding cache: %d entries added in %.0f s", encoded, time.monotonic() - began)
-        if unreadable:
-            more = [f"and {len(unreadable) - SHOWN} more"] if len(unreadable) > SHOWN else []
-            log.warning("not cached, since it cannot be read:\n  %s", "\n  ".join([*unreadable[:SHOWN], *more]))
-    return Filled(len(entries), encoded, unreadable, bool(flags & faults.STOP))
+    return Filled(
+        len(entries),
+        encoded,
+        [*hashless, *(one.reason for one in unreadable)],
+        sum(one.has_changed for one in unreadable),
+        bool(flags & faults.STOP),
+    )
 
 
 def listed(cache: Cache, entries: Mapping[str, Wanted]) -> dict[str, cache_manifests.Listed]:
@@ -162,25 +193,45 @@ def listed(cache: Cache, entries: Mapping[str, Wanted]) -> dict[str, cache_manif
     }
 
 
-def _write_manifest(cache: Cache, name: str, entries: Mapping[str, Wanted]) -> None:
-    """Before the entries, so that nobody prunes them in the meantime."""
-    problem = None
+def _listed_first(cache: Cache, datasets: Mapping[str, Dataset], name: str, unreadable: list[str]) -> dict[str, Wanted]:
+    """What is wanted; the manifest that says so is written before the entries, so that nobody prunes them meanwhile."""
+    entries = wanted(cache, datasets, unreadable)
     if distributed.is_main():
-        try:
-            cache_manifests.write(cache.folder, name, listed(cache, entries))
-        except UserError as error:
-            problem = str(error)
-    _raise_on_all_ranks(problem)
+        cache_manifests.write(cache.folder, name, listed(cache, entries))
+    return entries
 
 
-def _raise_on_all_ranks(problem: str | None) -> None:
-    problems = [problem for problem in distributed.gather(problem) if problem]
-    if problems:
-        raise UserError("\n".join(problems))
+T = TypeVar("T")
+
+
+def _on_all_ranks(task: Callable[[], T]) -> T:
+    """What each rank's task gives; if one fails, all end."""
+    results: list[T] = []
+    problem = None
+    try:
+        results.append(task())
+    except Exception as error:
+        problem = error
+    _end_all_ranks(problem)
+    return results[0]
+
+
+def _end_all_ranks(problem: Exception | None) -> None:
+    """Called by all ranks: if any has a problem, each raises its own, or one that tells those of the others."""
+    own = (isinstance(problem, UserError), str(problem), type(problem).__name__) if problem is not None else None
+    told = {rank: one for rank, one in enumerate(distributed.gather(own)) if one is not None}
+    if problem is not None:
+        raise problem
+    if told and all(is_mistake for is_mistake, *_ in told.values()):
+        raise UserError("\n".join(text for _, text, _ in told.values()))
+    if told:
+        said = "; ".join(f"rank {rank}: {kind}: {text}" for rank, (_, text, kind) in told.items())
+        raise RuntimeError(f"the encoding cache cannot be filled: {said}")
 
 
 class _Unreadable(NamedTuple):
     reason: str
+    has_changed: bool = False
 
 
 Decoded = Tensor | str | _Unreadable
@@ -206,31 +257,42 @@ class _Share:
         self.writer = ThreadPoolExecutor(1, "cache")
         self.waiting: list[New] = []
         self.writing: Future[int] | None = None
-        self.encoded, self.unreadable = 0, list[str]()
-        self.problem: str | None = None
+        self.encoded, self.unreadable = 0, list[_Unreadable]()
+        self.compared: set[str] = set()
+        self.problem: Exception | None = None
 
     def take_turn(self) -> None:
         """Encode one more batch, if there is one, and hand it to the writer."""
         try:
             batch: list[tuple[Wanted, Decoded]] = next(self.batches, [])
-            self.unreadable += [value.reason for _, value in batch if isinstance(value, _Unreadable)]
+            self.unreadable += [value for _, value in batch if isinstance(value, _Unreadable)]
             for ones, values in _alike(batch, self.encoder.device):
                 encodings = _encode(self.encoder, ones, values)
+                self._compare_weights(ones[0].output)
                 self.waiting += [
                     New(one.output, one.source, encoding, one.name)
                     for one, encoding in zip(ones, encodings, strict=True)
                 ]
             self._write(WAITING)
-        except UserError as error:
-            self.problem = str(error)
+        except Exception as error:  # all ranks hear of it at the next vote, and each ends with it
+            self.problem = error
+
+    def _compare_weights(self, output: str) -> None:
+        """Whether the weights, which have been loaded by now, are still those that the keys name."""
+        if output not in self.compared and self.encoder.identity(output) != self.cache.identities[output]:
+            raise UserError(
+                f"the weights that make {output} have changed since they were hashed; nothing was stored of them. "
+                "Start again when they are all there"
+            )
+        self.compared.add(output)
 
     def settle(self) -> None:
         """Wait until everything is written."""
         try:
             while self.waiting or self.writing is not None:
                 self._write(0)
-        except UserError as error:
-            self.problem = self.problem or str(error)
+        except Exception as error:
+            self.problem = self.problem or error
 
     def _write(self, most: int) -> None:
         """Give the writer all that waits when it is free; wait for it if more than `most` entries wait."""
@@ -259,15 +321,21 @@ class _Undecoded(TorchDataset):
         one = self.missing[number]
         if one.place is None:
             return one, text_of(one.source)
-        split, index, field, place = one.place
-        if self._entry[0] != (split, index):  # its other sources are likely to be the next ones
-            self._entry = (split, index), self.datasets[split].sources(index)
-        source = self._entry[1][field][place]
-        assert isinstance(source, Source)
         try:
+            source = self._source(*one.place)
+            if source.identity != one.source:
+                raise ChangedError(one.name, "has changed since it was listed")
             return one, source.load()
         except BadVideoError as error:
-            return one, _Unreadable(str(error))
+            return one, _Unreadable(str(error), isinstance(error, ChangedError))
+
+    def _source(self, split: str, index: int, field: str, number: int) -> Source:
+        """As it is now, which may be another one than was listed. Raises BadVideoError."""
+        if self._entry[0] != (split, index):  # its other sources are likely to be the next ones
+            self._entry = (split, index), self.datasets[split].sources(index)
+        source = self._entry[1][field][number]
+        assert isinstance(source, Source)
+        return source
 
 
 def _batches(missing: Sequence[Wanted], size: int) -> list[list[int]]:

@@ -11,6 +11,7 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -107,24 +108,44 @@ def _to_text(entries: Mapping[str, Listed]) -> str:
 def prune(folder: Path) -> Pruned:
     """Remove the entries that no manifest lists, and what killed processes have left unfinished.
 
+    A run that starts at this moment loses nothing: entries that are written from now on stay, and the others are first
+    put aside, then the manifests are read again, and what one of them lists by now comes back. Whoever writes a
+    manifest later finds those entries missing and makes them anew.
     Raises UserError, before anything is removed, for a manifest that cannot be read.
     """
-    needed = set().union(*(manifest.entries for manifest in read(folder)))
-    removed: list[int] = []
-    kept: list[int] = []
+    began = time.time()
+    needed = _needed(folder)
+    sizes: dict[Path, int] = {}
+    aside: dict[Path, Path] = {}  # an entry -> where it is put, under the name of an unfinished one
     for path in [*cache.entries(folder), *cache.unfinished(folder)]:
         try:
             status = path.stat()
+            sizes[path] = status.st_size
+            if path.name.startswith("."):
+                if began - status.st_mtime > UNFINISHED_AFTER:
+                    aside[path] = path
+            elif path.stem not in needed and status.st_mtime < began:
+                place = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.tmp")
+                os.replace(path, place)
+                aside[path] = place
         except FileNotFoundError:  # finished, or removed by somebody else, in the meantime
-            continue
-        if path.name.startswith("."):
-            useless = time.time() - status.st_mtime > UNFINISHED_AFTER
-        else:
-            useless = path.stem not in needed
-        (removed if useless else kept).append(status.st_size)
-        if useless:
-            path.unlink(missing_ok=True)
-    return Pruned(len(removed), sum(removed), len(kept), sum(kept))
+            sizes.pop(path, None)
+    back = list(aside)  # all, should a manifest not be readable any more
+    try:
+        needed = _needed(folder)
+        back = [path for path in aside if path.stem in needed]
+    finally:
+        for path in back:
+            with suppress(FileNotFoundError):  # another pruning has taken it for unfinished
+                os.replace(aside.pop(path), path)
+    for place in aside.values():
+        place.unlink(missing_ok=True)
+    removed = sum(sizes[path] for path in aside)
+    return Pruned(len(aside), removed, len(sizes) - len(aside), sum(sizes.values()) - removed)
+
+
+def _needed(folder: Path) -> set[str]:
+    return set().union(*(manifest.entries for manifest in read(folder)))
 
 
 def reasons(missing: Mapping[str, Listed], manifests: Sequence[Manifest]) -> dict[str, str]:

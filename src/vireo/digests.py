@@ -1,9 +1,10 @@
 """Hashes of files, read once and remembered until a file changes.
 
 What is remembered lies in `${XDG_CACHE_HOME:-~/.cache}/vireo/digests/`, one file for each folder of files, and counts
-as long as a file's size and times of change stay the same, so that a warm start only asks the file system. Such a file
-has JSON lines and only grows: several processes may add to it at once, and a line that a killed one has left unfinished
-is passed over. Lost, it is made anew by reading the files.
+as long as a file's size and times of change stay the same, so that a warm start only asks the file system. A hard link
+that was made or removed, as exports do, changes a time but no content. Such an index has JSON lines and only grows:
+several processes may add to it at once, and a line that a killed one has left unfinished is passed over. Lost, it is
+made anew by reading the files.
 """
 
 import fcntl
@@ -16,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -26,11 +28,17 @@ TICK = 2_000_000_000  # ns within which a file system may give two changes the s
 
 
 class Stamp(NamedTuple):
-    """What the file system says about a file; the last one also changes when a file is replaced by an older one."""
+    """What the file system says about a file; `changed` also moves when an older file takes its place, or links do."""
 
     size: int
     modified: int
     changed: int
+    links: int
+    inode: int
+
+    def is_only_linked(self, before: "Stamp") -> bool:
+        """Whether another number of hard links explains what is different."""
+        return self.links != before.links and self == before._replace(changed=self.changed, links=self.links)
 
 
 class Record(NamedTuple):
@@ -52,6 +60,11 @@ def distrust() -> None:
     """
     global _trusted_from
     _trusted_from = time.time()
+
+
+def bytes_digest(content: bytes) -> str:
+    """The digest of a file with this content."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def file_digest(path: str | Path) -> str:
@@ -102,7 +115,7 @@ def _read_files(folder: str, files: list[str], index: TextIO | None) -> dict[str
     found: dict[str, str] = {}
     told = time.monotonic()
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for file, (record, lasting) in zip(files, pool.map(_read, files), strict=True):
+        for file, (record, lasting) in zip(files, pool.map(partial(_renewed, folder), files), strict=True):
             found[file] = record.digest
             name = os.path.basename(file)
             if lasting:
@@ -113,6 +126,14 @@ def _read_files(folder: str, files: list[str], index: TextIO | None) -> dict[str
                 told = time.monotonic()
                 logger.info("read %d of %d new files in %s", len(found), len(files), folder)
     return found
+
+
+def _renewed(folder: str, file: str) -> tuple[Record, bool]:
+    """As `_read`, which is left out where the content is known to be the same."""
+    record, stamp = _remembered[folder].get(os.path.basename(file)), _stamp(file)
+    if record is not None and record.read_at >= _trusted_from and stamp.is_only_linked(record.stamp):
+        return record._replace(stamp=stamp), True
+    return _read(file)
 
 
 def _read(file: str) -> tuple[Record, bool]:
@@ -128,7 +149,7 @@ def _read(file: str) -> tuple[Record, bool]:
 
 def _stamp(file: str) -> Stamp:
     status = os.stat(file)
-    return Stamp(status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return Stamp(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_nlink, status.st_ino)
 
 
 def _index(folder: str) -> Path:
@@ -150,10 +171,10 @@ def _records(index: TextIO) -> dict[str, Record]:
     records = {}
     for line in index:
         try:
-            name, size, modified, changed, read_at, digest = json.loads(line)
+            name, *stamp, read_at, digest = json.loads(line)
+            records[name] = Record(Stamp(*stamp), read_at, digest)
         except (ValueError, TypeError):  # left by a process that was killed
             continue
-        records[name] = Record(Stamp(size, modified, changed), read_at, digest)
     return records
 
 

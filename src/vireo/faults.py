@@ -95,8 +95,8 @@ class NonFiniteSteps:
             raise TooManyFaults(
                 f"{self.consecutive} steps in a row had a gradient that is not finite, from step "
                 f"{step - self.consecutive + 1} to {step}. The last checkpoint is from before. Look at the loss's "
-                "terms in metrics.jsonl; a lower lr, precision=fp32 or other data are the usual cures "
-                "(faults.max_consecutive_skips sets the limit)"
+                "terms in metrics.jsonl; a lower lr, precision=fp32, model.encoder.dtype=fp32 where that overflows, or "
+                "other data are the usual cures (faults.max_consecutive_skips sets the limit)"
             )
 
 

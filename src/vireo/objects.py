@@ -17,10 +17,11 @@ from vireo.losses.objective import Loss
 from vireo.models.encoders import Encoder
 from vireo.models.network import Network
 from vireo.randomness import seed_default
+from vireo.sampling.evaluation import Evaluation
+from vireo.sampling.sampler import Sampler
 from vireo.schedules import Schedule
 from vireo.strategies.strategy import Strategy
 from vireo.tracking import Tracker
-from vireo.validation import Evaluation, Sampler
 
 Settings = dict[str, Any]
 

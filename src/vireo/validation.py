@@ -4,14 +4,14 @@ import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from vireo import distributed
 from vireo.comparison import show
-from vireo.data.stream import Stream
+from vireo.data.stream import Stream, collate, to_device
 from vireo.losses.objective import Loss
 from vireo.metrics import measure_video
 from vireo.models.encoders import Encoder
@@ -24,30 +24,11 @@ log = logging.getLogger(__name__)
 SEED = "validation"  # validation draws the same numbers at every step of every run
 
 
-class Evaluation(Protocol):
-    """A measurement that only `vireo evaluate` makes, since it costs much; `model.evaluations` names a recipe's."""
-
-    def __call__(
-        self,
-        network: nn.Module,
-        encoder: Encoder,
-        sampler: Sampler,
-        stream: Stream,
-        indices: Sequence[int],
-        device: torch.device,
-        folder: Path,
-    ) -> Sequence[Mapping[str, Any]]:
-        """Rows of a table, JSON values with the same keys in each. What is skipped says why in a row.
-
-        stream, indices: held-out clips. folder: for pictures and videos.
-        """
-        ...
-
-
 class ClipScore(NamedTuple):
     """The measures of one held-out clip: {"psnr": …, "mean colour/psnr": …, "loss": …}. fps: its own, if known.
 
-    task: the kind of clip that it is, where the data knows kinds.
+    task: the kind of clip that it is, where the data knows kinds. unreadable: why it has no measures; its name is then
+    the file's.
     """
 
     clip: int
@@ -55,6 +36,7 @@ class ClipScore(NamedTuple):
     measures: dict[str, float]
     fps: float | None = None
     task: str | None = None
+    unreadable: str | None = None
 
 
 @torch.no_grad()
@@ -71,17 +53,20 @@ def score_clips(
     """Score and yield held-out clips with their columns, uint8 (T, C, H, W) on the CPU.
 
     The network is called with what the caller has set (evaluation mode, averaged weights). The loss does not learn; it
-    sees each clip alone, since it gives one figure for all that it sees.
+    sees each clip alone, since it gives one figure for all that it sees. A clip that cannot be read has no measures and
+    no columns.
     """
     learning, loss.learning = loss.learning, False
     unscored = {"target", *sampler.unscored}
     try:
         for some in _batches(indices, batch_size):
-            batch = stream.batch(some, device)
+            samples = stream.samples([(position, 0) for position in some])
+            # What stands in for a clip that cannot be read goes through the network, for all ranks to call it equally
+            # often, but has no score.
+            unreadable = [sample["bad"][0] if sample["bad"] else None for sample in samples]
+            batch = to_device(collate(samples), device)
             draws = Draws(stream.seed, batch["position"], device)
             names = batch.get("name", [str(index) for index in some])
-            for path, reason in batch["bad"]:
-                log.warning("a held-out clip cannot be read, another is scored in its place: %s: %s", path, reason)
             rates, tasks = (batch.get(field, [None] * len(some)) for field in ("fps", "task"))
             batch = encoder(batch, draws)
             columns = sampler(network, encoder, batch, draws)
@@ -90,6 +75,11 @@ def score_clips(
             baselines = sampler.baselines(batch) if has_truth else {}
             figures = sampler.measure(network, encoder, batch, {**columns, **baselines})
             for row, (index, name, fps, task) in enumerate(zip(some, names, rates, tasks, strict=True)):
+                if (bad := unreadable[row]) is not None:
+                    path, reason = bad
+                    log.warning("a held-out clip cannot be read and is left out of the scores: %s: %s", path, reason)
+                    yield ClipScore(index, path, {}, unreadable=reason), {}
+                    continue
                 shown = {title: to_uint8(video[row], low=0).cpu() for title, video in columns.items()}
                 measures = {n: float(v[row]) for n, v in figures.items()}
                 if losses:
@@ -124,8 +114,8 @@ def further_videos(
 
 
 def means(scores: Iterable[ClipScore]) -> dict[str, float]:
-    """Mean of each measure over the clips."""
-    rows = [score.measures for score in scores]
+    """Mean of each measure over the clips that could be read."""
+    rows = [score.measures for score in scores if score.unreadable is None]
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]} if rows else {}
 
 
@@ -165,7 +155,8 @@ def validate(
 
     Every rank takes equally many clips (some twice, counted once), since the network's forward may be a collective.
     Writes side-by-side videos and one PNG grid of the first `pictures` clips into `folder`, each on the rank that
-    has it. fps: of these videos; None: the clips' own.
+    has it. fps: of these videos; None: the clips' own. Where clips cannot be read, unreadable_clips says how many, and
+    the means are those of the others.
     """
     count = min(clips, len(stream.dataset))
     rank, world = distributed.rank(), distributed.world_size()
@@ -173,7 +164,7 @@ def validate(
     scores, shown = [], {}
     for score, columns in score_clips(network, encoder, loss, sampler, stream, mine, batch_size, device):
         scores.append(score)
-        if score.clip < pictures:
+        if score.clip < pictures and score.unreadable is None:
             shown[score.clip] = (columns, fps or score.fps)
     everything = {s.clip: s for s in itertools.chain(*distributed.gather(scores))}
     if distributed.is_main():
@@ -181,7 +172,9 @@ def validate(
     distributed.barrier()
     for index, (columns, rate) in shown.items():
         show(columns, folder / f"clip_{index:03d}", rate)
-    return means(everything[index] for index in sorted(everything))
+    found = [everything[index] for index in sorted(everything)]
+    unreadable = sum(score.unreadable is not None for score in found)
+    return {**means(found), **({"unreadable_clips": unreadable} if unreadable else {})}
 
 
 def _loss(loss: Loss, network: nn.Module, batch: Mapping[str, Any], draws: Draws, row: int) -> float:

@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -261,6 +261,8 @@ class Run:
         if not self.figures:  # held-out prompts without videos: there is nothing to compare with
             return False
         name = f"validation/{settings['metric']}"
+        if "validation/loss" not in self.figures:  # no held-out clip could be read this time
+            return False
         if name not in self.figures:
             raise UserError(
                 f"validation.metric={settings['metric']} is not measured; there are "
@@ -343,14 +345,17 @@ class Run:
 
     def export(self, folder: Path) -> list[Path]:
         """Write what the ecosystem reads, with the averaged weights where there are any; every rank calls this."""
+        return self._exported(self.network.export, folder) or []
+
+    def _exported(self, export: Callable[[Path, Mapping[str, Tensor]], Any], folder: Path) -> Any:
         with self.average.applied():  # a state on the CPU shares the network's memory, so it is written in here
             state = self.strategy.full_state()
-            return self.network.export(folder, state) if distributed.is_main() else []
+            return export(folder, state) if distributed.is_main() else None
 
     def _try_export(self) -> None:
         """An export that would fail after days fails now."""
         trial = self.folder / "export" / ".trial"
-        self.export(trial)
+        self._exported(self.network.try_export, trial)
         if distributed.is_main():
             shutil.rmtree(trial)
 

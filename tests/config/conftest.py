@@ -28,7 +28,8 @@ def conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.fixture
 def full(tmp_path: Path) -> list[str]:
     """The words of size=full with folders in which everything that the shipped recipes read is there."""
-    for name in ("taehv", "CogVideoX-2b", "Wan2.1-T2V-1.3B-Diffusers", "instruct-pix2pix"):
+    cogvideox = ("CogVideoX-2b", "CogVideoX-5b", "CogVideoX-5b-I2V", "CogVideoX1.5-5B", "CogVideoX1.5-5B-I2V")
+    for name in ("taehv", *cogvideox, "Wan2.1-T2V-1.3B-Diffusers", "instruct-pix2pix"):
         (tmp_path / "weights" / name).mkdir(parents=True)
     (tmp_path / "data").mkdir()
     (tmp_path / "weights/taehv/taecvx.safetensors").touch()

@@ -109,7 +109,7 @@ def test_help_lists_what_can_be_chosen(program):
     shown = program("--help").stdout
     for name, about in config.describe_experiments().items():
         assert re.search(rf"^ *{name} +{re.escape(about[:40])}", shown, re.MULTILINE)
-    assert "freeze-policy  all, decoder, encoder" in shown
+    assert "freeze-policy  adapter, all, decoder, encoder" in shown
     assert "gradient_accumulation  micro-batches in a step (1)" in shown
     assert max(map(len, shown.splitlines())) <= 120
 

@@ -162,7 +162,9 @@ def test_no_boolean_where_text_is_meant(path):
         if hint is bool
     }
     known = {*schema_bools, "enabled", "_partial_", "find_unused_parameters", "job.chdir"}
-    known |= {"network.gradient_checkpointing", "detach", "offload"}
+    known |= {"network.gradient_checkpointing", "detach", "offload", "network.compile", "sampler.dynamic_guidance"}
+    known |= {"encoder.tiling", "encoder.slicing", "dora", "rslora", "float8", "skip_padding"}
+    known |= {"empty_captions", "validation_id_token"}
     deepspeed = {"overlap_comm", "contiguous_gradients", "offload_optimizer.pin_memory"}
     known |= {f"config.zero_optimization.{key}" for key in deepspeed}
     known |= {"config.zero_allow_untested_optimizer", "config.zero_force_ds_cpu_optimizer"}

@@ -12,6 +12,7 @@ from PIL import Image
 from tests.data import edits
 from vireo.data.edit_clips_conversion import convert
 from vireo.data.frame_edits import FrameEdits
+from vireo.data.source import ChangedError
 from vireo.data.stream import Stream, collate
 from vireo.errors import UserError
 from vireo.randomness import Draws
@@ -175,6 +176,20 @@ def test_identities_follow_the_content_not_the_place(root, tmp_path):
     assert FrameEdits(moved, 1, 8, 8).sample(0, draws())["target"].identity != target.identity
 
 
+def test_a_picture_that_has_changed_is_not_what_its_identity_says(root, tmp_path):
+    edited = FrameEdits(shutil.copytree(root, tmp_path / "edited"), 2, 8, 8)
+    before = edited.sample(0, draws())
+    place = tmp_path / "edited" / edits.NAMES[0] / "19.png"
+    shutil.copy(place.with_name("03.png"), place)
+    assert edited.sample(0, draws())["frames"][1].identity == before["frames"][1].identity, "asked once"
+    with pytest.raises(ChangedError, match="19.png: frame 19 of train/move_object/video_01: has changed since"):
+        before["frames"][1].load()
+    before["frames"][0].load()
+    now = edited.sources(0)["frames"][1]
+    assert now.identity != before["frames"][1].identity and now.load()[1, 0, 0] == 30
+    assert edited.sample(0, draws())["frames"][1].identity == now.identity
+
+
 def test_new_random_crops_have_no_identity(root):
     edited = FrameEdits(root, 2, 8, 8, crop="random")
     sample = edited.sample(0, draws())
@@ -248,6 +263,21 @@ def test_faults_of_a_dataset(root, tmp_path):
     assert f"{edits.NAMES[1]} is in train and in val" in faults
 
 
+def test_a_clip_that_a_dataset_lists_twice_has_two_names_and_is_told(root, tmp_path):
+    import datasets
+
+    convert(root, tmp_path / "arrow")
+    splits = datasets.load_from_disk(str(tmp_path / "arrow"))
+    twice = datasets.concatenate_datasets([splits["train"], splits["train"].select([1])])
+    datasets.DatasetDict({**splits, "train": twice}).save_to_disk(str(tmp_path / "twice"))
+    edited = FrameEdits(tmp_path / "twice", 2, 8, 8, frames_root=root, crop="random", crop_variants=50)
+    first, second = (edited.sample(index, draws()) for index in (1, 3))
+    assert (first["name"], second["name"]) == (edits.NAMES[1], f"{edits.NAMES[1]} (2)")
+    assert second["target"].name == f"{edits.NAMES[1]} (2)/20"
+    assert first["target"].identity != second["target"].identity, "each has crops of its own"
+    assert edited.faults() == [f"{root / edits.NAMES[1]} is listed 2 times in train"]
+
+
 def test_all_wrong_arguments_are_told_at_once(root):
     wrong = {
         "num_frames": 0,
@@ -296,7 +326,7 @@ def test_a_root_without_clips_is_refused_and_one_below_is_found(root, tmp_path):
 
 def test_prepare_tells_where_the_dataset_is(root, tmp_path):
     raw = shutil.copytree(root, tmp_path / "raw")
-    assert f"data.root={tmp_path / 'raw_arrow'}" in FrameEdits.prepare(raw)
+    assert f"paths.data={tmp_path / 'raw_arrow'}" in FrameEdits.prepare(raw)
     assert len(FrameEdits(tmp_path / "raw_arrow", 20, 8, 8)) == 3
     with pytest.raises(UserError, match="already"):
         FrameEdits.prepare(tmp_path / "raw_arrow")

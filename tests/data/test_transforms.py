@@ -12,9 +12,12 @@ from vireo.data.transforms import (
     box_size,
     centre_box,
     crop_and_resize,
+    filled_box,
     jitter_colors,
+    padded_size,
     random_box,
     random_jitter,
+    resize,
 )
 from vireo.randomness import Draws
 
@@ -155,3 +158,32 @@ def test_jitter_keeps_within_its_strength():
     levels = {int(random_jitter(flat, ColorJitter(), Draws(0, [p]))[0, 0, 0, 0]) for p in range(500)}
     assert levels == set(range(90, 111))
     assert torch.equal(random_jitter(noise(2, 3, 5, 5), ColorJitter(0, 0, 0, 0), Draws(0, [0])), noise(2, 3, 5, 5))
+
+
+@settings(max_examples=60, deadline=None)
+@given(*[st.integers(8, 80)] * 4, st.sampled_from(["crop", "pad", "stretch"]))
+def test_whole_frames_come_to_any_size(height, width, target_height, target_width, how):
+    frames = torch.randint(1, 255, (2, 3, height, width), dtype=torch.uint8)
+    found = resize(frames, target_height, target_width, how)
+    assert found.shape == (2, 3, target_height, target_width) and found.dtype == torch.uint8
+    assert torch.equal(found[1:], resize(frames[1:], target_height, target_width, how)), "a frame alone is no other"
+    inside = padded_size((height, width), (target_height, target_width))
+    black = (found == 0).all(dim=(0, 1))
+    bars = target_height * target_width - inside[0] * inside[1]
+    assert int(black.sum()) == (bars if how == "pad" else 0)
+    box = filled_box((height, width), (target_height, target_width))
+    assert box.top >= 0 and box.left >= 0 and box.top + box.height <= height and box.left + box.width <= width
+    assert box.height == height or box.width == width, "as much as fits"
+
+
+def test_resizing_nothing_changes_nothing():
+    frames = torch.randint(0, 256, (2, 3, 20, 30), dtype=torch.uint8)
+    for how in ("crop", "pad", "stretch"):
+        assert torch.equal(resize(frames, 20, 30, how), frames)
+
+
+def test_a_crop_is_the_middle_and_a_bar_on_each_side():
+    frames = torch.arange(60, dtype=torch.uint8).expand(1, 3, 20, 60) + 1
+    assert resize(frames, 20, 20, "crop")[0, 0, 0].tolist() == list(range(21, 41))
+    padded = resize(frames, 60, 60, "pad")
+    assert torch.equal(padded[:, :, 20:40], frames) and not padded[:, :, :20].any() and not padded[:, :, 40:].any()

@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from vireo.diffusion.guidance import IMAGE, NEITHER, TEXT_AND_IMAGE, TwoScaleGuidance
+from vireo.diffusion.guidance import IMAGE, NEITHER, TEXT_AND_IMAGE, TextGuidance, TwoScaleGuidance
 from vireo.errors import UserError
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "ip2p"
@@ -67,3 +67,36 @@ def test_golden_combination(frames):
 def test_scales_that_are_no_numbers():
     with pytest.raises(UserError, match="text_guidance=nan"):
         TwoScaleGuidance(float("nan"), 1.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Of a text alone
+
+
+def test_text_guidance_goes_beyond_the_text():
+    guidance = TextGuidance(6.0)
+    text, null = torch.ones(2, 3), torch.zeros(2, 3)
+    given = guidance.conditions({"image": torch.full((2, 1), 5.0)}, {"prompt": text}, {"prompt": null})
+    assert torch.equal(given["prompt"], torch.cat([null, text])) and given["image"].shape == (4, 1)
+    assert guidance.repeat(text).shape == (4, 3)
+    predictions = torch.tensor([[1.0], [1.0], [2.0], [3.0]])
+    assert guidance.combine(predictions, torch.tensor(500)).flatten().tolist() == [7.0, 13.0]
+
+
+def test_without_guidance_there_is_one_pass():
+    guidance = TextGuidance(1.0)
+    text = torch.ones(2, 3)
+    assert guidance.conditions({}, {"prompt": text}, {}) == {"prompt": text}
+    assert torch.equal(guidance.combine(text, torch.tensor(500)), text)
+    assert TextGuidance(1.0, dynamic=50).passes == 2, "its scale changes"
+
+
+def test_a_dynamic_scale_depends_on_the_timestep():
+    guidance = TextGuidance(6.0, dynamic=50)
+    assert guidance.at(50) == 1.0 and guidance.at(0) == pytest.approx(7.0)
+    assert all(1 <= guidance.at(timestep) <= 7 for timestep in range(1000))
+
+
+def test_a_text_scale_that_is_no_number():
+    with pytest.raises(UserError, match="guidance_scale=inf"):
+        TextGuidance(float("inf"))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vireo.mini import scenes, tokenizers
+from vireo.mini import captioned_clips, scenes, tokenizers
 
 transformers = pytest.importorskip("transformers")
 
@@ -85,3 +85,11 @@ def test_clip_text_model_pools_at_the_end_token(clip):
     with torch.no_grad():
         output = transformers.CLIPTextModel(config).eval()(ids)
     assert torch.equal(output.pooler_output, output.last_hidden_state[:, 5])
+
+
+def test_words_of_other_captions_are_tokens_where_they_are_asked_for(tmp_path):
+    caption = captioned_clips.meanings()[0][0].caption
+    tokenizers.write_t5_tokenizer(tmp_path, captioned_clips.words())
+    tokenizer = transformers.T5Tokenizer.from_pretrained(tmp_path)
+    assert tokenizer.tokenize(caption) == [f"▁{word}" for word in caption.split()]
+    assert tokenizer.tokenize(scenes.scene(3).text) == [f"▁{word}" for word in scenes.scene(3).text.split()]

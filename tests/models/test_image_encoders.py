@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from tests.pipelines import save_pipeline
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vireo.errors import UserError
 from vireo.models import image_encoders, saved_networks
@@ -228,7 +229,28 @@ def test_autocast_does_not_reach_it(folder):
     assert all(torch.equal(found[name], expected[name]) for name in ("latents", "prompt_embeds"))
 
 
-def test_values_that_are_not_finite_are_told(folder, monkeypatch):
+class Waits(TorchDispatchMode):
+    """Counts the times that the host wants to know a value, for which it would wait for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*arguments, **(named or {}))
+
+
+def test_a_step_does_not_wait_for_the_device(folder):
+    encoder, data = make(folder), batch()
+    encoder(data, DRAWS)  # with what is loaded
+    with Waits() as waits:
+        for output, field in encoder.outputs.items():
+            encoder.encode(output, data.get(field, [""]))
+    assert waits.count == 0
+
+
+def test_values_that_are_not_finite_are_told_before_the_first_step(folder, monkeypatch):
     encoder, data = make(folder, dtype="fp16"), batch()
     shown = []
 
@@ -239,8 +261,14 @@ def test_values_that_are_not_finite_are_told(folder, monkeypatch):
         return type("Encoded", (), {"latent_dist": type("Posterior", (), {"parameters": parameters})})
 
     monkeypatch.setattr(encoder.loaded_vae, "encode", overflow)
-    with pytest.raises(UserError, match=r"VAE's latents of rows \[1\] .* in fp16: set model.encoder.dtype=fp32"):
-        encoder(data, DRAWS)
+    encoded = encoder(data, DRAWS)
+    with pytest.raises(UserError, match=r"frame_moments of rows \[0\] .* in fp16: set model.encoder.dtype=fp32"):
+        encoder.check_network(torch.nn.Identity(), encoded)
+    encoded["frame_moments"] = torch.zeros(2, 3, 8, 8, 8)
+    with pytest.raises(UserError, match=r"target_moments of rows \[1\] "):
+        encoder.check_network(torch.nn.Identity(), encoded)
+    encoded["target_moments"] = torch.zeros(2, 8, 8, 8)
+    encoder.check_network(torch.nn.Identity(), encoded)
     assert shown[0].dtype == torch.float16
 
 

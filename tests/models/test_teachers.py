@@ -16,7 +16,7 @@ from torch import nn
 from vireo.errors import UserError
 from vireo.metrics import psnr
 from vireo.mini import scenes, world
-from vireo.models import teachers
+from vireo.models import saved_networks, teachers
 from vireo.models.taehv import TAEHV, TAEHVOutput
 from vireo.models.taehv_variants import lengths
 from vireo.models.teacher_lengths import FAMILIES
@@ -311,7 +311,7 @@ def test_shards(saved, tmp_path):
 
 
 def test_no_folder_names_where_was_looked(tmp_path):
-    with pytest.raises(UserError, match=rf"neither {tmp_path}/x/config.json nor {tmp_path}/x/vae/config.json"):
+    with pytest.raises(UserError, match=rf"neither {tmp_path}/x/vae/config.json nor {tmp_path}/x/config.json"):
         Teacher("wan", str(tmp_path / "x"), "raw")
 
 
@@ -326,13 +326,13 @@ def test_the_config_says_another_class(saved, tmp_path):
 def test_pickled_weights_are_not_read(saved, tmp_path):
     shutil.copy(f"{saved(WAN).folder}/config.json", tmp_path)
     torch.save(build(WAN).state_dict(), tmp_path / "diffusion_pytorch_model.bin")
-    with pytest.raises(UserError, match="lacks .*safetensors; .* there is diffusion_pytorch_model.bin.*can run code"):
+    with pytest.raises(UserError, match="no weights: beside .* there is diffusion_pytorch_model.bin.*can run code"):
         Teacher("wan", str(tmp_path), "raw")
 
 
 def test_damaged_and_incomplete_weights(saved, tmp_path):
     shutil.copy(f"{saved(WAN).folder}/config.json", tmp_path)
-    (tmp_path / teachers.WEIGHTS).write_bytes(b"\0" * 100)
+    (tmp_path / saved_networks.WEIGHTS[0]).write_bytes(b"\0" * 100)
     with pytest.raises(UserError, match="weights of this AutoencoderKLWan cannot be loaded"):
         latents(Teacher("wan", str(tmp_path), "raw"), batch())
     vae = build(WAN)
@@ -381,7 +381,7 @@ def test_identity_is_that_of_content_and_settings(saved, tmp_path):
     (folder / "config.json").write_text(json.dumps({**config, "latents_std": [1.0] * 16}))
     assert copied.teacher().identity("target_latents") != original
     (folder / "config.json").write_text(json.dumps(config))
-    weights = folder / teachers.WEIGHTS
+    weights = folder / saved_networks.WEIGHTS[0]
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
     assert copied.teacher().identity("target_latents") != original
     with pytest.raises(KeyError, match="no output 'moments'"):

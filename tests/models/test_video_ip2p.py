@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import diffusers
 import pytest
@@ -197,6 +198,19 @@ def test_an_export_is_a_whole_pipeline(folder, tmp_path):
     assert all(torch.equal(value, state[f"unet.{name}"]) for name, value in saved.items())
     again = VideoEditor(2, str(tmp_path / "out"), SCHEDULE)
     assert all(torch.equal(value, state[name]) for name, value in again.state_dict().items())
+
+
+def test_a_trial_of_the_export_leaves_the_frozen_weights_alone(folder, tmp_path):
+    def looks():
+        return {file: (file.stat().st_ctime_ns, file.stat().st_nlink) for file in folder.rglob("*.safetensors")}
+
+    network, before = make(folder), looks()
+    network.try_export(tmp_path / "trial", network.state_dict())
+    assert (tmp_path / "trial" / "unet" / "config.json").exists() and looks() == before
+    incomplete = shutil.copytree(folder, tmp_path / "incomplete")
+    shutil.rmtree(incomplete / "vae")
+    with pytest.raises(UserError, match="incomplete has no vae/"):
+        make(incomplete).try_export(tmp_path / "trial", network.state_dict())
 
 
 def test_an_export_stays_when_its_source_goes(folder, tmp_path):

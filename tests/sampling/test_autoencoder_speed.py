@@ -11,6 +11,7 @@ from vireo.errors import UserError
 from vireo.models.encoders import NoEncoder
 from vireo.sampling import autoencoder_speed
 from vireo.sampling.autoencoder_speed import AutoencoderSpeed
+from vireo.sampling.evaluation import Evaluated
 
 CPU = torch.device("cpu")
 TINY = [("tiny", mode, part) for mode in ("parallel", "chunked", "sequential") for part in ("encode", "decode")]
@@ -19,7 +20,7 @@ TINY = [("tiny", mode, part) for mode in ("parallel", "chunked", "sequential") f
 def rows(network, encoder, tmp_path, **options):
     stream = Stream(ToyDataset(), "validation", shuffle=False)
     options = {"num_frames": 8, "height": 16, "width": 24, "repeats": 1, **options}
-    return AutoencoderSpeed(**options)(network, encoder, None, stream, range(1), CPU, tmp_path)
+    return AutoencoderSpeed(**options)(Evaluated(network, encoder, None, stream, range(1), CPU, tmp_path))
 
 
 def named(found):
@@ -66,6 +67,18 @@ def test_chunks_take_less_memory(tiny, tmp_path):
         pytest.skip(found[0]["note"])
     peaks = {row["mode"]: row["peak_MiB"] for row in found if row["part"] == "decode"}
     assert peaks["parallel"] > 1.5 * peaks["chunked"] > peaks["sequential"]
+
+
+@pytest.mark.parametrize("which", ["teacher", "tiny"])
+def test_encoding_that_does_not_fit_says_so_too(which, tiny, teacher, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(*{"teacher": (teacher, "condition"), "tiny": (type(tiny), "encode")}[which], full)
+    found = rows(tiny, teacher, tmp_path)
+    measured = [name for name, row in zip(named(found), found, strict=True) if row["frames_per_s"] is not None]
+    assert {name[0] for name in measured} == {"teacher", "tiny"} - {which}
+    assert all("does not fit" in row["note"] for row in found if row["network"] == which)
 
 
 def test_what_does_not_fit_says_so_and_the_rest_goes_on(tiny, teacher, tmp_path, monkeypatch):

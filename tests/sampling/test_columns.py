@@ -1,5 +1,7 @@
 """What evaluations look at is what validation scores."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from tests.toys import Denoise, Denoised, ToyDataset, ToyNetwork
@@ -9,6 +11,7 @@ from vireo.metrics import measure_video
 from vireo.models.encoders import NoEncoder
 from vireo.pixels import as_8_bit
 from vireo.sampling.columns import Remembered, columns, scored
+from vireo.sampling.evaluation import Evaluated
 from vireo.validation import SEED, score_clips
 
 CPU = torch.device("cpu")
@@ -17,10 +20,10 @@ CPU = torch.device("cpu")
 def test_the_videos_are_those_that_validation_scores():
     torch.manual_seed(0)
     network, stream = ToyNetwork().eval(), Stream(ToyDataset(side=16), SEED, shuffle=False)
-    made = list(columns(network, NoEncoder(), Denoised(), stream, [4, 1], CPU))
+    made = list(columns(Evaluated(network, NoEncoder(), Denoised(), stream, [4, 1], CPU, Path())))
     scores = list(score_clips(network, NoEncoder(), Denoise(), Denoised(), stream, [4, 1], 2, CPU))
-    assert [set(videos) for videos in made] == [{"target", "prediction", "grey"}] * 2
-    for videos, (score, _) in zip(made, scores, strict=True):
+    assert [set(videos) for _, videos in made] == [{"target", "prediction", "grey"}] * 2
+    for (_, videos), (score, _) in zip(made, scores, strict=True):
         assert videos["target"].shape == (2, 3, 16, 16)
         figures = measure_video(videos["prediction"], videos["target"])
         assert figures == pytest.approx({name: score.measures[name] for name in figures}, rel=1e-5)
@@ -46,9 +49,9 @@ def test_videos_are_made_once(tmp_path):
     plain = score_clips(network, NoEncoder(), Denoise(), Denoised(), stream, [0, 1, 2], 3, CPU)
     assert [score for score, _ in scores] == [score for score, _ in plain]
     for _ in range(2):
-        made = list(columns(network, Encoder(), remembered, stream, [2, 3, 0], CPU))
-        expected = list(columns(network, NoEncoder(), Denoised(), stream, [2, 3, 0], CPU))
-        for videos, fresh in zip(made, expected, strict=True):
+        made = list(columns(Evaluated(network, Encoder(), remembered, stream, [2, 3, 0], CPU, Path())))
+        expected = list(columns(Evaluated(network, NoEncoder(), Denoised(), stream, [2, 3, 0], CPU, Path())))
+        for (_, videos), (_, fresh) in zip(made, expected, strict=True):
             assert list(videos) == list(fresh) == ["target", "prediction", "grey"]
             for name in videos:
                 torch.testing.assert_close(as_8_bit(videos[name]), as_8_bit(fresh[name]), rtol=0, atol=1e-7)

@@ -15,6 +15,7 @@ from vireo.mini import tokenizers
 from vireo.models.inception import InceptionOutput
 from vireo.sampling.distribution_metrics import ClipSimilarity, InceptionMeasures, frechet_distance, inception_score
 from vireo.sampling.edits import EditSampler
+from vireo.sampling.evaluation import Evaluated
 
 CPU = torch.device("cpu")
 
@@ -22,7 +23,10 @@ CPU = torch.device("cpu")
 def evaluate(evaluation, clips=4):
     sampler = EditSampler(NoiseSchedule(), ["condition_latents", "prompt_embeds"], 2)
     stream = Stream(Drifts(clips), "validation", shuffle=False)
-    return {row["column"]: row for row in evaluation(Editor(), Halving(), sampler, stream, range(clips), CPU, None)}
+    return {
+        row["column"]: row
+        for row in evaluation(Evaluated(Editor(), Halving(), sampler, stream, range(clips), CPU, None))
+    }
 
 
 class Colours(nn.Module):

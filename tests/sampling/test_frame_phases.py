@@ -7,6 +7,7 @@ from tests.toys import ToyDataset
 
 from vireo.data.stream import Stream
 from vireo.models.encoders import NoEncoder
+from vireo.sampling.evaluation import Evaluated
 from vireo.sampling.frame_phases import FramePhases
 from vireo.sampling.sampler import Sampler
 
@@ -28,7 +29,7 @@ class Faulty(Sampler):
 
 def rows(tmp_path, frames, period=4):
     stream = Stream(ToyDataset(num_frames=frames), "validation", shuffle=False)
-    return FramePhases(period)(torch.nn.Identity(), NoEncoder(), Faulty(), stream, range(3), CPU, tmp_path)
+    return FramePhases(period)(Evaluated(torch.nn.Identity(), NoEncoder(), Faulty(), stream, range(3), CPU, tmp_path))
 
 
 def test_phases_after_the_first_frame(tmp_path):

@@ -10,6 +10,7 @@ from vireo.data.stream import Stream
 from vireo.errors import UserError
 from vireo.metrics import measure_video
 from vireo.models.encoders import NoEncoder
+from vireo.sampling.evaluation import Evaluated
 from vireo.sampling.full_resolution import FullResolution
 
 CPU = torch.device("cpu")
@@ -30,7 +31,7 @@ def stream(tmp_path):
 
 
 def rows(network, encoder, stream, tmp_path, **options):
-    return FullResolution(**options)(network, encoder, None, stream, range(2), CPU, tmp_path / "shown")
+    return FullResolution(**options)(Evaluated(network, encoder, None, stream, range(2), CPU, tmp_path / "shown"))
 
 
 def test_whole_clips_beside_their_crops(tiny, stream, tmp_path):

@@ -9,6 +9,7 @@ from vireo.data.stream import Stream
 from vireo.errors import UserError
 from vireo.models.encoders import NoEncoder
 from vireo.sampling import perceptual
+from vireo.sampling.evaluation import Evaluated
 from vireo.sampling.perceptual import Lpips, PerceptualDistance
 
 CPU = torch.device("cpu")
@@ -56,7 +57,7 @@ def test_small_pictures_and_wrong_files_are_refused(alexnet, tmp_path):
 def evaluate(measured, tmp_path):
     torch.manual_seed(0)
     stream = Stream(ToyDataset(side=32), "validation", shuffle=False)
-    return measured(ToyNetwork().eval(), NoEncoder(), Denoised(), stream, range(3), CPU, tmp_path)
+    return measured(Evaluated(ToyNetwork().eval(), NoEncoder(), Denoised(), stream, range(3), CPU, tmp_path))
 
 
 def test_every_column_has_a_row(alexnet, tmp_path):

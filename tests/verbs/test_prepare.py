@@ -40,6 +40,17 @@ def test_prepare_then_check(vireo, given, tmp_path):
     assert "drop_object 1, move_object 1" in said
 
 
+def test_a_conversion_needs_no_weights(vireo, given, tmp_path):
+    words = [*given[:1], "size=full", given[2]]
+    code, said = vireo("prepare", *words)
+    assert code == 0 and "5 of 5 clips kept" in said
+    for cause in (["prepare", *words, "cache=status"], ["check", *words]):
+        code, said = vireo(*cause)
+        assert code == 2 and "size=full needs your weights" in said
+    code, said = vireo("prepare", *words[:2])
+    assert code == 2 and "size=full needs your data" in said and "weights" not in said
+
+
 def test_what_is_left_out_is_told_and_strict_refuses(vireo, given, tmp_path):
     (tmp_path / "raw" / edits.NAMES[1] / "13.png").unlink()
     code, said = vireo("check", *given)

@@ -6,7 +6,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from vireo.config import places
+from vireo.config import identity, places
 from vireo.config.schema import Config
 from vireo.config.search import conf_dir
 
@@ -77,9 +77,10 @@ def banner(settings: dict[str, Any], folder: Path) -> str:
         f"folder:   {places.short(folder)}",
     ]
     if settings["size"] == "mini":
+        clips = "generated clips" if identity.is_mini_world(settings["paths"]["data"]) else "your clips made small"
         words = f"experiment={settings['experiment']} size=full paths.data=<folder> paths.weights=<folder>"
         lines += [
-            "This is the demonstration: small weights, generated clips. The recipe itself:",
+            f"This is the demonstration: small weights, {clips}. The recipe itself:",
             f"  python train.py {words}",
         ]
     return "\n".join(lines)

@@ -115,7 +115,7 @@ def _facts(resolved: dict[str, Any]) -> dict[str, Any]:
         for key, value in facts.items():
             if root and isinstance(value, str) and key != f"paths.{folder}":
                 facts[key] = _below(value, root, f"${{paths.{folder}}}")
-        if resolved["size"] == "mini" and root and _is_mini_world(root):
+        if resolved["size"] == "mini" and root and is_mini_world(root):
             facts[f"paths.{folder}"] = "mini"
     return facts
 
@@ -145,7 +145,8 @@ def _below(value: str, root: str, name: str) -> str:
     return name + value[len(root) :] if value == root or value.startswith(f"{root}/") else value
 
 
-def _is_mini_world(root: str) -> bool:
+def is_mini_world(root: str) -> bool:
+    """Whether a folder is the data or the weights of an embedded world."""
     return re.search(r"/vireo/mini-[^/]+/(data|weights)$", root) is not None
 
 

@@ -15,23 +15,32 @@ from omegaconf import DictConfig, OmegaConf
 from vireo.config import identity, interpolation, places, schema, targets
 from vireo.config.composition import apply, compose
 from vireo.config.problems import Problem, report
+from vireo.config.sizes import FOLDERS
 from vireo.config.validation import validate
 from vireo.errors import UserError
 
 
-def settings(overrides: Sequence[str]) -> dict[str, Any]:
-    """Composed, validated and resolved: what a run with these words is made of. Raises UserError with all mistakes."""
-    return settled(compose(overrides), overrides)
+def settings(overrides: Sequence[str], folders: Sequence[str] = FOLDERS) -> dict[str, Any]:
+    """Composed, validated and resolved: what a run with these words is made of. Raises UserError with all mistakes.
+
+    folders: of `paths`, whose files have to be there; "data" alone for what needs no weights.
+    """
+    return settled(compose(overrides), overrides, folders=folders)
 
 
-def settled(cfg: DictConfig, overrides: Sequence[str] | None = None, swept: Sequence[str] = ()) -> dict[str, Any]:
+def settled(
+    cfg: DictConfig,
+    overrides: Sequence[str] | None = None,
+    swept: Sequence[str] = (),
+    folders: Sequence[str] = FOLDERS,
+) -> dict[str, Any]:
     """A composed config as the settings of a run: validated, resolved, with its run's name.
 
     overrides: the words it was composed from; None asks the running Hydra app. swept: keys that stand first in the
-    run's name. Raises UserError with all mistakes.
+    run's name. folders: as for `settings`. Raises UserError with all mistakes.
     """
     words = list(HydraConfig.get().overrides.task) if overrides is None else list(overrides)
-    problems = validate(cfg, words)
+    problems = validate(cfg, words, folders)
     if problems:
         raise UserError(report(problems))
     return identity.named(resolve(cfg), words, swept)

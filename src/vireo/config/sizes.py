@@ -29,12 +29,20 @@ WEIGHTS = {
 }
 
 
+FOLDERS = ("data", "weights")  # of `paths`, which size=full needs
+
+
 def check(
-    values: dict[str, Any], raw: dict[str, Any], overrides: Sequence[str], choices: Callable[[], dict[str, str]]
+    values: dict[str, Any],
+    raw: dict[str, Any],
+    overrides: Sequence[str],
+    choices: Callable[[], dict[str, str]],
+    folders: Sequence[str] = FOLDERS,
 ) -> Iterator[Problem]:
     """Whether the size was chosen knowingly, has numbers for this experiment, and finds its files.
 
-    raw: the config before its interpolations were replaced, which tells what is read below which folder.
+    raw: the config before its interpolations were replaced, which tells what is read below which folder. folders: those
+    that are looked for.
     """
     size, experiment, paths = values.get("size"), values.get("experiment"), values.get("paths")
     if not isinstance(paths, dict) or not isinstance(experiment, str):
@@ -45,7 +53,7 @@ def check(
         if not any(re.match(r"\+*size=", override) for override in overrides):
             yield from _size_not_chosen(raw["paths"])
     elif size == "full":
-        for folder in ("data", "weights"):
+        for folder in folders:
             users = {k: _at(values, k) for k, text in strings(raw) if f"${{paths.{folder}}}" in text}
             if users and not isinstance(paths.get(folder), Absent):
                 yield from _missing(folder, paths.get(folder), users)

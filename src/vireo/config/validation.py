@@ -16,10 +16,11 @@ from vireo.config.problems import Problem, keys, nearest_key
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
-def validate(cfg: DictConfig, overrides: Sequence[str] = ()) -> list[Problem]:
+def validate(cfg: DictConfig, overrides: Sequence[str] = (), folders: Sequence[str] = sizes.FOLDERS) -> list[Problem]:
     """Everything that is wrong with a composed config, with the places where it was written; empty if nothing is.
 
-    overrides: the words it was composed from. Files are looked at, nothing is imported but the model's own checks.
+    overrides: the words it was composed from. folders: of `paths`, whose files have to be there. Files are looked at,
+    nothing is imported but the model's own checks.
     """
     choices = functools.cache(lambda: places.choices(overrides))
     files = functools.cache(lambda: places.sources(overrides))
@@ -29,7 +30,7 @@ def validate(cfg: DictConfig, overrides: Sequence[str] = ()) -> list[Problem]:
     problems += knobs.check(values)
     problems += targets.check(values)
     problems += _check_run(values)
-    problems += sizes.check(values, raw, overrides, choices)
+    problems += sizes.check(values, raw, overrides, choices, folders)
     problems += _model_checks(values, [problem.key for problem in problems])
     return [
         problem if problem.place else Problem(problem.key, problem.message, places.place(problem.key, overrides, files))

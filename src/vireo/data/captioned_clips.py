@@ -156,10 +156,9 @@ class CaptionedClips:
         Raises BadVideoError if a file is gone, and where a source is loaded if it cannot be read.
         """
         clip = self._picked(index, draws)
-        start: float | None = self._starts(clip)[0]
-        if self.start == "random":
-            start = None if self.windows is None else self._starts(clip)[draws_window(draws, self.windows)]
-        sources = self._sources(clip, start, draws)
+        starts = self._starts(clip)
+        window = int(draws.integers("window", 0, len(starts))[0]) if len(starts) > 1 else 0
+        sources = self._sources(clip, starts[window] if starts else None, draws)
         found: dict[str, Any] = {**sources, "prompt": clip.prompt, "name": clip.name}
         if self.split == "validation" and clip.info is not None:
             found["fps"] = self._shown_fps(clip, self._indices(clip, 0.0))
@@ -174,6 +173,8 @@ class CaptionedClips:
                 known = {one.identity for one in found.setdefault(field, []) if isinstance(one, Source)}
                 if source.identity not in known:
                     found[field].append(source)
+        if self.image == "listed" and "image" not in found:
+            found["image"] = [self._of_image(clip)]
         return found
 
     def describe(self) -> dict[str, Any]:
@@ -281,14 +282,17 @@ class CaptionedClips:
         return 1.0 if self.fps is None else info.fps / self.fps
 
     def _sources(self, clip: Clip, start: float | None, draws: Draws | None = None) -> dict[str, Source]:
-        """start: None where it is drawn anew."""
+        """start: None where it is to be drawn."""
         found = {}
         if clip.video is not None:
-            drawn = start is None and draws is not None
-            indices = self._indices(clip, float(draws.uniform("start")[0]) if drawn else start or 0.0)
-            found["frames"] = self._of_video(clip, indices, is_fixed=not drawn)
+            is_fixed = start is not None
+            if start is None:
+                assert draws is not None
+                start = float(draws.uniform("start")[0])
+            indices = self._indices(clip, start)
+            found["frames"] = self._of_video(clip, indices, is_fixed)
             if self.image == "first_frame":
-                first = self._of_video(clip, indices[:1], is_fixed=not drawn)
+                first = self._of_video(clip, indices[:1], is_fixed)
                 found["image"] = Source(first.identity, lambda: first.load()[0], f"{clip.name}, frame {indices[0]}")
         if self.image == "listed":
             found["image"] = self._of_image(clip)
@@ -472,7 +476,7 @@ class CaptionedClips:
 
     def _check_arguments(self, buckets: Sequence[Sequence[int]] | None) -> None:
         """Report every argument that makes no sense, together."""
-        shapes = {"num_frames, height, width": self.buckets[0]}
+        shapes: dict[str, Sequence[int]] = {"num_frames, height, width": self.buckets[0]}
         shapes |= {f"buckets[{place}]": tuple(bucket) for place, bucket in enumerate(buckets or ())}
         problems = [
             f"{name} is {list(shape)}, expected three numbers, at least 1"
@@ -523,10 +527,6 @@ def _with_token(caption: str, id_token: str | None) -> str:
     return f"{id_token} {caption}".rstrip()
 
 
-def draws_window(draws: Draws, windows: int) -> int:
-    return int(draws.integers("window", 0, windows)[0])
-
-
 def _chosen(weights: Sequence[float], u: float) -> int:
     """The place whose part of the sum of weights holds the share u in [0, 1)."""
     left = u * sum(weights)
@@ -551,11 +551,14 @@ def _identity(path: Path, **decoding: Any) -> str:
 
 def _layout_folder(root: Path, prompts: str | None, mix: Mapping[str, float] | None) -> Path:
     """`root`, or the folder in it where only that one has captions."""
-    names = (prompts,) if prompts is not None else caption_lists.ALIASES["prompts"]
-    inside = root / INSIDE
-    if not mix and not any((root / name).is_file() for name in names):
-        return inside if any((inside / name).is_file() for name in names) else root
-    return inside if mix and not all((root / name).is_dir() for name in mix) and inside.is_dir() else root
+
+    def suits(folder: Path) -> bool:
+        if mix:
+            return all((folder / name).is_dir() for name in mix)
+        names = [prompts] if prompts is not None else caption_lists.ALIASES["prompts"]
+        return any((folder / name).is_file() for name in names)
+
+    return root / INSIDE if suits(root / INSIDE) and not suits(root) else root
 
 
 def _distortion(info: VideoInfo, bucket: Bucket) -> float:

@@ -7,6 +7,7 @@ absolute in datasets of the published converter.
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
@@ -35,7 +36,8 @@ def list_arrow(folder: Path, frames_root: Path | None = None) -> Listing:
     """The clips of all splits, checked without opening a picture; the edited one stays in the mapped file.
 
     frames_root: the folder that paths start from, in place of the recorded one; absolute paths are then looked for in
-    it too, from their split's name on. Left out, with the reason: clips without text, or with a missing frame.
+    it too, from their split's name on. Left out, with the reason: clips without text, or with a missing frame. A clip
+    that a split lists again, say with another text, is named "<clip> (2)".
     Raises UserError for a folder that holds something else, for other columns, and for frames that are not where the
     dataset says.
     """
@@ -43,10 +45,13 @@ def list_arrow(folder: Path, frames_root: Path | None = None) -> Listing:
     root = _root(folder, splits, frames_root)
     clips, left_out = [], []
     for split, table in splits.items():
+        seen: Counter[str] = Counter()
         rows = table.select_columns(["input_frames", "edit_prompt"])[:]
         for row, (written, prompt) in enumerate(zip(rows["input_frames"], rows["edit_prompt"], strict=True)):
             name, _, task = named_parts(PurePosixPath(written[0]).parent)
             name = name or f"{split}/row_{row:05d}"
+            seen[name] += 1
+            name = name if seen[name] == 1 else f"{name} ({seen[name]})"
             paths = [root / (_from_split(path) if frames_root is not None else path) for path in written]
             missing = [number for number, path in enumerate(paths) if path.name not in _names_in(path.parent)]
             if missing:

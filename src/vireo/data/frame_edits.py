@@ -1,6 +1,5 @@
 """Twenty frames and an instruction give the next one: the clips of InstructPix2Pix for video."""
 
-import hashlib
 import json
 import logging
 import math
@@ -16,9 +15,9 @@ from torch import Tensor
 from vireo.data import edit_clips_arrow, edit_clips_conversion
 from vireo.data.edit_clips import NUM_FRAMES, EditClip, Frame, Listing, list_raw, metadata_file
 from vireo.data.listing import shortened
-from vireo.data.source import Source, identify
+from vireo.data.source import Source, check_content, identify
 from vireo.data.transforms import centre_box, crop_and_resize, random_box
-from vireo.digests import file_digest, file_digests
+from vireo.digests import bytes_digest, file_digest, file_digests
 from vireo.errors import UserError
 from vireo.randomness import Draws
 from vireo.video_io import BadVideoError, decoder_version, read_image
@@ -87,7 +86,7 @@ class FrameEdits:
         self.frames_root = None if frames_root is None else Path(frames_root).expanduser()
         self.listing = self._list()
         self.clips = self._chosen()
-        self._known: dict[tuple[int, str], list[str]] = {}
+        self._known: dict[int, dict[str, list[str]]] = {}
         if self.listing.left_out and split == "train":  # once, not for each split
             left_out = shortened(self.listing.left_out)
             logger.warning("clips of %s that cannot be used are left out:\n%s", self.root, left_out)
@@ -108,8 +107,9 @@ class FrameEdits:
 
     def sources(self, index: int) -> dict[str, list[Source | str]]:
         """The text, and every picture that this entry can ask for: one for each crop and flip, none if crops are drawn
-        anew."""
+        anew. The file system is asked again whether the pictures are the same."""
         clip = self.clips[index]
+        self._known.pop(id(clip), None)
         found: dict[str, list[Source | str]] = {"prompt": [clip.prompt]}
         if self._is_random and self.crop_variants is None:
             return found
@@ -140,12 +140,16 @@ class FrameEdits:
         return about
 
     def faults(self) -> list[str]:
-        """What is wrong with the data of all splits, for people: missing splits, clips that are left out or are in two
-        splits, and edited pictures that are no longer those of the files they were made from."""
+        """What is wrong with the data of all splits, for people: missing splits, clips that are left out, are listed
+        again or are in two splits, and edited pictures that are no longer those of the files they were made from."""
         wanted = ("train", "test") if self.is_arrow else ("train", *self.held_out)
         there = Counter(clip.split for clip in self.listing.clips)
         found = [f"no clip of the split {split} can be used" for split in wanted if not there[split]]
         found += self.listing.left_out
+        times = Counter((clip.split, clip.frames[0].path) for clip in self.listing.clips)
+        found += [
+            f"{path.parent} is listed {count} times in {split}" for (split, path), count in times.items() if count > 1
+        ]
         names = {clip.name: clip.split for clip in reversed(self.listing.clips)}
         for clip in self.listing.clips:
             if names[clip.name] != clip.split:
@@ -172,7 +176,7 @@ class FrameEdits:
             raise UserError(f"{raw} is a Hugging Face dataset already: give the raw layout, paths.data=…")
         folder = Path(out).expanduser() if out is not None else raw.with_name(f"{raw.name}_arrow")
         report = edit_clips_conversion.convert(raw, folder, strict=strict, resplit=resplit, seed=seed)
-        return f"{report}\ndataset  {folder}\nto train on it: data.root={folder}"
+        return f"{report}\ndataset  {folder}\nto train on it: paths.data={folder}"
 
     @property
     def _is_random(self) -> bool:
@@ -206,25 +210,25 @@ class FrameEdits:
     def _sources(self, clip: EditClip, view: "View") -> dict[str, Any]:
         numbers = [*self.condition_frames, self.target_frame]
         *frames, target = (
-            Source(identity, partial(self._load, clip, number, view), f"{clip.name}/{number:02d}")
+            Source(identity, partial(self._load, clip, number, view, identity), f"{clip.name}/{number:02d}")
             for number, identity in zip(numbers, self._identities(clip, view, numbers), strict=True)
         )
         return {"frames": frames, "target": target}
 
     def _identities(self, clip: EditClip, view: "View", numbers: Sequence[int]) -> Sequence[str | None]:
-        """Of these frames, which are hashed once in the life of this dataset."""
+        """Of these frames, for which the file system is asked once, until `sources` asks again."""
         if view.about is None:
             return [None] * len(numbers)
-        key = (id(clip), json.dumps(view.about, sort_keys=True))  # a name may come twice in published datasets
-        if key not in self._known:
+        known = self._known.setdefault(id(clip), {})  # a name may come twice in published datasets
+        key = json.dumps(view.about, sort_keys=True)
+        if key not in known:
             decoding = {"decoder": decoder_version("pillow"), **view.about}
-            self._known[key] = [identify(content, **decoding) for content in _digests(clip, numbers)]
-        return self._known[key]
+            known[key] = [identify(content, **decoding) for content in _digests(clip, numbers)]
+        return known[key]
 
-    def _load(self, clip: EditClip, number: int, view: "View") -> Tensor:
+    def _load(self, clip: EditClip, number: int, view: "View", identity: str | None) -> Tensor:
         """uint8 RGB (3, height, width)."""
-        frame = clip.frames[number]
-        picture = _read(lambda: read_image(frame.path, frame.read()), clip, number)[None]
+        picture = _read(partial(_picture, clip.frames[number], identity), clip, number)[None]
         size = picture.shape[2:]
         divisor = math.gcd(self.height, self.width)
         shape = (self.height // divisor, self.width // divisor)  # not the target itself: a box may be smaller
@@ -318,16 +322,23 @@ T = TypeVar("T")
 
 def _read(read: Callable[[], T], clip: EditClip, number: int) -> T:
     """What `read` gives; what is wrong with the frame is a BadVideoError that names its clip."""
-    path = clip.frames[number].path
+    path, kind = clip.frames[number].path, BadVideoError
     try:
         return read()
     except BadVideoError as error:
-        reason = error.reason
+        reason, kind = error.reason, type(error)
     except FileNotFoundError:
         reason = "there is no such picture"
     except OSError as error:
         reason = error.strerror or str(error)
-    raise BadVideoError(path, f"frame {number:02d} of {clip.name}: {reason}")
+    raise kind(path, f"frame {number:02d} of {clip.name}: {reason}")
+
+
+def _picture(frame: Frame, identity: str | None) -> Tensor:
+    """uint8 RGB (3, H, W) of the very bytes that the identity is about."""
+    content = frame.read()
+    check_content(identity, frame.path, content)
+    return read_image(frame.path, content)
 
 
 def _digests(clip: EditClip, numbers: Sequence[int]) -> list[str]:
@@ -343,5 +354,5 @@ def _digests(clip: EditClip, numbers: Sequence[int]) -> list[str]:
 def _digest(frame: Frame) -> str:
     """Of the frame's bytes, the same for a picture in a file of its own and inside another one."""
     if frame.is_inside:
-        return hashlib.blake2b(frame.read(), digest_size=16).hexdigest()
+        return bytes_digest(frame.read())
     return file_digest(frame.path)

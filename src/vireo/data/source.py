@@ -3,16 +3,25 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+from vireo.digests import bytes_digest, file_digest
+from vireo.video_io import BadVideoError
+
+
+class ChangedError(BadVideoError):
+    """A file that is no longer what its identity says."""
 
 
 @dataclass(frozen=True)
 class Source:
     """identity: what is decoded and how (see `identify`), so that equal identities decode to equal tensors; None for
-    what is random and can never be cached. load: decodes it. name: what people call it, such as the file's path in the
-    dataset's folder."""
+    what is random and can never be cached. load: decodes it; raises ChangedError where the file has another content
+    than the identity says (see `check_content`), BadVideoError where it cannot be read. name: what people call it, such
+    as the file's path in the dataset's folder."""
 
     identity: str | None
     load: Callable[[], Tensor]
@@ -27,3 +36,15 @@ def identify(content: str, **decoding: Any) -> str:
     `vireo prepare cache=status` names it.
     """
     return json.dumps({"content": content, **decoding}, sort_keys=True)
+
+
+def check_content(identity: str | None, path: str | Path, content: bytes | None = None) -> None:
+    """Raises ChangedError if the bytes of a file are not those that `identify` was told of.
+
+    content: the bytes that are decoded. None, for files that are too big to be held: called after decoding, this asks
+    the file system whether the file is still the one that was hashed. identity: None, of what is random, is not judged.
+    """
+    if identity is None:
+        return
+    if json.loads(identity)["content"] != (file_digest(path) if content is None else bytes_digest(content)):
+        raise ChangedError(path, "has changed since it was looked at")

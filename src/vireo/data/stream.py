@@ -36,7 +36,10 @@ class Dataset(Protocol):
         ...
 
     def sources(self, index: int) -> Mapping[str, Sequence[Source | str]]:
-        """By field, every source and every text that this entry can ask for and that is worth a cache. Finite."""
+        """By field, every source and every text that this entry can ask for and that is worth a cache. Finite.
+
+        Identities are those of the files as they are now, for `sample` as well from then on.
+        """
         ...
 
     def describe(self) -> dict[str, Any]:

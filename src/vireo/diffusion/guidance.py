@@ -44,12 +44,12 @@ class TextGuidance:
         if self.passes == 1:
             return predictions
         without, with_text = predictions.chunk(2)
-        return without + self.at(int(timestep)) * (with_text - without)
+        scale = self.scale if self.dynamic is None else self.at(int(timestep))
+        return without + scale * (with_text - without)
 
     def at(self, timestep: int) -> float:
-        """The scale at a timestep."""
-        if self.dynamic is None:
-            return self.scale
+        """The scale at a timestep, where it is dynamic."""
+        assert self.dynamic is not None
         # The formula mixes the timestep (to 999) and the number of steps; pipelines and published samples have it so.
         return 1 + self.scale * (1 - math.cos(math.pi * ((self.dynamic - timestep) / self.dynamic) ** 5.0)) / 2
 

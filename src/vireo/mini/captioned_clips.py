@@ -101,7 +101,7 @@ def _write(folder: Path, shown: list[Meaning], first_seed: int) -> None:
     names = [f"{number:04d}" for number in range(len(shown))]
     for number, (name, meaning) in enumerate(zip(names, shown, strict=True)):
         pixels = scenes.render(scene(meaning, first_seed + number), np.arange(NUM_FRAMES))
-        write_video(folder / "videos" / f"{name}.mp4", pixels)
+        write_video(folder / "videos" / f"{name}.mp4", pixels, "mbtree=0")
         Image.fromarray(pixels[0]).save(folder / "images" / f"{name}.png")
     lists = {
         "prompts.txt": [meaning.caption for meaning in shown],

@@ -60,14 +60,14 @@ PIPELINE = {
 
 # CogVideoX: what differs between the released models, and what all of them share. Positions, channels, patches in time
 # and the schedule are those of the real ones; widths, lengths and the size are small.
-COGVIDEOX = {
+COGVIDEOX: dict[str, dict[str, Any]] = {
     "CogVideoX-2b": {"use_rotary_positional_embeddings": False},
     "CogVideoX-5b": {},
     "CogVideoX-5b-I2V": {"in_channels": 32, "use_learned_positional_embeddings": True},
     "CogVideoX1.5-5B": {"patch_size_t": 2, "patch_bias": False},
     "CogVideoX1.5-5B-I2V": {"patch_size_t": 2, "patch_bias": False, "in_channels": 32, "ofs_embed_dim": 32},
 }
-TRANSFORMER = {
+TRANSFORMER: dict[str, Any] = {
     "num_attention_heads": 3,
     "attention_head_dim": 32,
     "num_layers": 3,

@@ -9,11 +9,11 @@ import functools
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vireo.errors import UserError
 from vireo.models import saved_networks
-from vireo.models.encoders import Encoder, check_finite, split
+from vireo.models.encoders import Encoder, split
 from vireo.models.saved_networks import DTYPES
 from vireo.pixels import to_pixels
 from vireo.randomness import Draws
@@ -28,8 +28,8 @@ class ImageTextEncoder(Encoder):
         names in it. The tokenizer's default is in the pipeline's folder of the text encoder.
     text_encoder: None where it learns inside the network; then the batch gets prompt_ids instead of prompt_embeds.
     vae_batch: pictures that the VAE sees at a time; less takes less memory, with the same result.
-    dtype: what both compute in; latents and embeddings are float32 at the borders. fp16 overflows in some VAEs (SDXL's)
-        which is told as soon as a value is not finite; bf16 does not.
+    dtype: what both compute in; latents and embeddings are float32 at the borders. fp16 overflows in some VAEs,
+        SDXL's for one, which is told before the first step; bf16 does not.
 
     Cached outputs (float32): frame_moments (B, N, 2C, h, w) of frames, target_moments (B, 2C, h, w) of target (mean and
     log variance on the channel axis, as diffusers' posterior has them), prompt_embeds and null_prompt_embeds (B, L, D).
@@ -84,16 +84,14 @@ class ImageTextEncoder(Encoder):
     def encode(self, output: str, values: Any) -> Tensor:
         """Moments of uint8 pictures (..., 3, H, W), or embeddings (B, L, D) of B texts; see the class.
 
-        Raises UserError for sides that are no multiples of the VAE's factor and for results that are not finite.
+        Raises UserError for sides that are no multiples of the VAE's factor.
         """
         if output in MOMENTS:
             return self._moments(values)
         if output not in self.outputs:
             return super().encode(output, values)
         with torch.autocast(self.device.type, enabled=False):
-            embeds = self.loaded_text_encoder(self.tokenize(values)).last_hidden_state.float()
-        check_finite(embeds, "The text encoder's embeddings", self.dtype)
-        return embeds
+            return self.loaded_text_encoder(self.tokenize(values)).last_hidden_state.float()
 
     def tokenize(self, texts: list[str]) -> Tensor:
         """Token numbers, int64 (B, L) on the device: padded to the tokenizer's length, and cut there."""
@@ -112,6 +110,20 @@ class ImageTextEncoder(Encoder):
             ids, null = self.tokenize(batch["prompt"]), self.tokenize([""])
             made |= {"prompt_ids": ids, "null_prompt_ids": null.expand(ids.shape)}
         return {**batch, **made}
+
+    def check_network(self, network: nn.Module, batch: dict[str, Any]) -> None:
+        """Raises UserError for encodings that are not finite, since these would poison every step.
+
+        Once, before the first step: at every step the question would make the host wait for all that a GPU has queued.
+        What overflows for single pictures alone is found by the filling of the cache, which names the file; without a
+        cache the loop turns the step away and names its samples.
+        """
+        for output in self.outputs:
+            finite = torch.isfinite(batch[output]).flatten(1).all(1)
+            if not bool(finite.all()):
+                rows = torch.nonzero(~finite).flatten().tolist()
+                advice = "the weights are damaged" if self.dtype == "fp32" else "set model.encoder.dtype=fp32"
+                raise UserError(f"The {output} of rows {rows} of a batch are not finite in {self.dtype}: {advice}.")
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -163,5 +175,4 @@ class ImageTextEncoder(Encoder):
                     for some in pictures.split(self.vae_batch)
                 ]
             )
-        check_finite(moments, "The VAE's latents", self.dtype)
         return moments.unflatten(0, frames.shape[:-3])

@@ -31,7 +31,7 @@ def check_clips(
 
     transformer: folder as diffusers saves it, or a pipeline's; what its config says is read if it is there. buckets:
     further shapes (num_frames, height, width). Lengths are 8 N + 1, sides multiples of 8 pixels times the patch size;
-    a learned position table takes the size that it was learnt for alone. Longer clips than the weights have seen get a
+    a learned position table takes the size that it was learnt for alone. Other lengths than the weights have seen get a
     warning.
     """
     config = _config(Path(transformer).expanduser())
@@ -39,11 +39,15 @@ def check_clips(
     for shape in [(num_frames, height, width), *(buckets or ())]:
         if len(shape) != 3:
             raise UserError(f"a bucket is [num_frames, height, width], got {list(shape)}")
-        problems += _faults(*shape, config)
-        longest = config.get("sample_frames")
-        if longest is not None and shape[0] > longest:
-            says = "clips of %d frames: these weights were trained on %d, and quality falls with more"
-            log.warning(says, shape[0], longest)
+        frames, *size = shape
+        problems += _faults(frames, size[0], size[1], config)
+    lengths = {num_frames, *(shape[0] for shape in buckets or ())}
+    known = config.get("sample_frames", max(lengths))
+    if max(lengths) > known:
+        says = "clips of %d frames: these weights were trained on %d, and quality falls with more"
+        log.warning(says, max(lengths), known)
+    if config.get("use_learned_positional_embeddings") and lengths != {known}:
+        log.warning("learnt positions are of clips of %d frames alone: computed ones take their place", known)
     if problems:
         raise UserError("; ".join(dict.fromkeys(problems)))
 

@@ -25,6 +25,10 @@ class Network(nn.Module):
     def export(self, folder: Path, state: Mapping[str, Tensor]) -> list[Path]:
         """Write the full, unsharded `state` into `folder` in the ecosystem's format; returns the files or folders."""
 
+    def try_export(self, folder: Path, state: Mapping[str, Tensor]) -> None:
+        """Fail now where `export` would fail later; `folder` is thrown away. Files of others are only looked at."""
+        self.export(folder, state)
+
     @abstractmethod
     def load(self, path: Path) -> None:
         """Take in weights that `export` wrote, or the released ones it imitates. Strict; raises UserError."""

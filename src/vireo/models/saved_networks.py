@@ -7,7 +7,7 @@ asked for, the pipeline's folder does as well.
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,9 +30,13 @@ class Part(NamedTuple):
     config: dict[str, Any]
     weights: list[Path]
 
-    def identity(self) -> str:
-        """Names the network by its config and its weights' content, wherever it lies; no weights are loaded."""
-        config = {name: value for name, value in self.config.items() if name[:1] != "_" and name not in VERSIONS}
+    def identity(self, unused: Collection[str] = ()) -> str:
+        """Names the network by its config and its weights' content, wherever it lies; no weights are loaded.
+
+        unused: names in the config that what is computed does not depend on.
+        """
+        left_out = {*VERSIONS, *unused}
+        config = {name: value for name, value in self.config.items() if name[:1] != "_" and name not in left_out}
         return digest(json.dumps(config, sort_keys=True), self.weights)
 
 
@@ -58,8 +62,7 @@ def find_config(path: str | Path, name: str, key: str) -> tuple[Path, dict[str, 
     if not (folder / CONFIG).is_file():
         raise UserError(
             f"{key}={path} has no {name}: there is neither {outer / name / CONFIG} nor {outer / CONFIG}. Set {key} to "
-            "a folder as diffusers saves it. Nothing is fetched while training; `huggingface-cli download <name> "
-            "--local-dir <folder>` gives one."
+            "a folder as diffusers saves it; `huggingface-cli download <name> --local-dir <folder>` gives one."
         )
     return folder, json.loads((folder / CONFIG).read_text(encoding="utf-8"))
 
@@ -99,10 +102,12 @@ def find_tokenizer(path: str | Path) -> Path:
 
 def load(part: Part, kind: Any, dtype: torch.dtype) -> Any:
     """The network of class `kind` on the CPU, in evaluation mode. Raises UserError for weights that do not fit it."""
-    import transformers
     from safetensors import SafetensorError
 
-    transformers.utils.logging.disable_progress_bar()  # of tensors, in milliseconds: it only spoils logs
+    if kind.__module__.startswith("transformers"):
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # of tensors, in milliseconds: it only spoils logs
     try:
         network, report = kind.from_pretrained(
             part.folder, torch_dtype=dtype, use_safetensors=True, output_loading_info=True

@@ -7,8 +7,6 @@ trained on the other scale is pulled away from what it knows.
 """
 
 import functools
-import hashlib
-import json
 import logging
 import re
 from pathlib import Path
@@ -17,17 +15,17 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vireo.digests import file_digest
 from vireo.errors import UserError
 from vireo.models import saved_networks, teacher_lengths
 from vireo.models.encoders import Encoder
+from vireo.models.saved_networks import CONFIG, WEIGHTS, Part
 from vireo.pixels import to_pixels
 from vireo.randomness import Draws
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"  # what diffusers calls its files
+KEY = "model.encoder.vae"  # what the user sets
 ONE_CLIP = ("AutoencoderKLHunyuanVideo15",)  # its attention mask does not broadcast over a batch (diffusers 0.42)
 KNOWN = 0.5  # from this `latent_r2` on, a network is taken to have been trained for the latents
 
@@ -78,12 +76,8 @@ class Teacher(Encoder):
         """Of "target_latents": the VAE's config, the hash of its weights and the settings; no weights are loaded."""
         if output != "target_latents":
             return super().identity(output)
-        config = {name: value for name, value in self.files.config.items() if name[:1] != "_"}
-        digest = hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=16)
-        for file in self.files.weights:
-            digest.update(bytes.fromhex(file_digest(file)))
         name = self.files.config["_class_name"]
-        return f"{name} {digest.hexdigest()} {self.latent_space} {self.posterior} {self.dtype}"
+        return f"{name} {self.files.identity()} {self.latent_space} {self.posterior} {self.dtype}"
 
     def weight_bytes(self) -> dict[str, int]:
         """Of the VAE, once it is loaded."""
@@ -155,9 +149,9 @@ class Teacher(Encoder):
         return self.latent_space == "diffusion"
 
     @functools.cached_property
-    def files(self) -> "Files":
+    def files(self) -> Part:
         """What the VAE is loaded from; fetched, if `vae` is an id of the hub."""
-        return find_files(_fetch(self.vae) if _is_hub_id(self.vae) else Path(self.vae).expanduser(), self.family)
+        return find(_fetch(self.vae) if _is_hub_id(self.vae) else Path(self.vae).expanduser(), self.family)
 
     @functools.cached_property
     def loaded(self) -> "Loaded":
@@ -207,14 +201,6 @@ def _rounded(figures: dict[str, float]) -> str:
 # Files and weights
 
 
-class Files(NamedTuple):
-    """A VAE's folder, its config.json and its weights files."""
-
-    folder: Path
-    config: dict[str, Any]
-    weights: list[Path]
-
-
 class Loaded(NamedTuple):
     """A VAE with the statistics of its raw latents, float32 (C, 1, 1, 1) or, where all channels share them, (1, …)."""
 
@@ -229,18 +215,12 @@ class Loaded(NamedTuple):
         return latents * self.std + self.mean
 
 
-def find_files(path: Path, family: str) -> Files:
+def find(path: Path, family: str) -> Part:
     """The VAE's files in the folder `path` or in `path`/vae; nothing is loaded but its config.
 
     Raises UserError if there is none, if its class is not of that family, or if its weights are no safetensors.
     """
-    folder = path / "vae" if (path / "vae" / CONFIG).is_file() else path
-    if not (folder / CONFIG).is_file():
-        raise UserError(
-            f"No VAE found: there is neither {path / CONFIG} nor {path / 'vae' / CONFIG}. Set model.encoder.vae to a "
-            "folder as diffusers saves it or to an id of the Hugging Face hub, such as THUDM/CogVideoX-2b."
-        )
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    folder, config = saved_networks.find_config(path, "vae", KEY)
     name = config.get("_class_name")
     families = [key for key, known in teacher_lengths.FAMILIES.items() if name in known.classes]
     if family not in families:
@@ -250,41 +230,20 @@ def find_files(path: Path, family: str) -> Files:
             f"{folder / CONFIG} is of class {name}, which is {meant}; model.encoder.family is {family}. "
             "Change family or vae, so that both mean the same."
         )
-    weights = [folder / WEIGHTS]
-    if not weights[0].is_file() and (folder / f"{WEIGHTS}.index.json").is_file():
-        shards = json.loads((folder / f"{WEIGHTS}.index.json").read_text(encoding="utf-8"))["weight_map"]
-        weights = [folder / shard for shard in sorted(set(shards.values()))]
-    missing = [file.name for file in weights if not file.is_file()]
-    if missing:
-        present = ", ".join(sorted(file.name for file in folder.iterdir() if file.name != CONFIG)) or "nothing else"
-        raise UserError(
-            f"{folder} lacks {', '.join(missing)}; beside {CONFIG} there is {present}. Only safetensors are read, "
-            "since pickled files (.bin, .pt, .pth, .ckpt) can run code: fetch or save the VAE as safetensors."
-        )
-    return Files(folder, config, weights)
+    return saved_networks.find(folder, "vae", KEY)
 
 
-def load(files: Files, device: torch.device, dtype: torch.dtype) -> Loaded:
+def load(part: Part, device: torch.device, dtype: torch.dtype) -> Loaded:
     """The frozen VAE on its device. Raises UserError if a tensor is missing, left over, or damaged."""
     import diffusers
-    from safetensors import SafetensorError
 
-    name = files.config["_class_name"]
+    name = part.config["_class_name"]
     if not hasattr(diffusers, name):
-        raise UserError(f"{files.folder / CONFIG} is of class {name}, unknown to diffusers {diffusers.__version__}.")
-    try:
-        vae, report = getattr(diffusers, name).from_pretrained(
-            files.folder, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{files.folder}: the weights of this {name} cannot be loaded: {error}") from error
-    # diffusers fills up what a file lacks with random numbers, and only warns.
-    faults = [f"{len(keys)} {fault} ({list(keys)[0]}, …)" for fault, keys in report.items() if keys]
-    if faults:
-        raise UserError(f"{files.folder}: the weights do not fit {CONFIG}: {'; '.join(faults)}. Fetch both again.")
+        raise UserError(f"{part.folder / CONFIG} is of class {name}, unknown to diffusers {diffusers.__version__}.")
+    vae = saved_networks.load(part, getattr(diffusers, name), dtype)
     for tiling in ("use_tiling", "use_framewise_encoding", "use_framewise_decoding"):
         setattr(vae, tiling, False)
-    vae = vae.to(device).eval().requires_grad_(False)
+    vae = vae.to(device).requires_grad_(False)
     facts = {**vae.config, **dict(vae.named_buffers(recurse=False))}  # LTX has its statistics in buffers
 
     def statistic(name: str, otherwise: float) -> Tensor:
@@ -304,7 +263,8 @@ def _fetch(repository: str) -> Path:
     """The VAE of a repository of the Hugging Face hub in the hub's own cache, and nothing else of it."""
     from huggingface_hub import snapshot_download
 
-    files = (CONFIG, WEIGHTS, f"{WEIGHTS}.index.json", WEIGHTS.replace(".", "-*-of-*.", 1))
+    weights = WEIGHTS[0]
+    files = (CONFIG, weights, f"{weights}.index.json", weights.replace(".", "-*-of-*.", 1))
     wanted = [f"{folder}{file}" for folder in ("", "vae/") for file in files]
     try:
         return Path(snapshot_download(repository, allow_patterns=wanted))

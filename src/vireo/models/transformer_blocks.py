@@ -23,7 +23,7 @@ def checkpoint_every(k: int, transformer: Any, blocks: Iterable[nn.Module]) -> N
     transformer.enable_gradient_checkpointing(call)
 
 
-def compile_each(blocks: Iterable[nn.Module]) -> None:
+def compile_each(blocks: Iterable[nn.Module], backend: str = "inductor") -> None:
     """torch.compile block by block, in place: equal blocks share what is compiled, at their first call."""
     for block in blocks:
-        block.compile()
+        block.compile(backend=backend)

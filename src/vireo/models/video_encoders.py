@@ -20,6 +20,7 @@ from vireo.pixels import to_pixels
 from vireo.randomness import Draws
 
 CHANNELS = -4  # axis of (..., C, t, h, w)
+UNUSED = ("scaling_factor", "shift_factor", "invert_scale_latents")  # of a VAE's config, where moments are concerned
 SCALES = ("auto", "scaling", "inverse", "none")
 
 
@@ -138,7 +139,8 @@ class VideoTextEncoder(Encoder):
                 max_length=self.max_length,
                 dtype=self.dtype,
             )
-        about: dict[str, Any] = {"weights": self.vae_part.identity(), "dtype": self.dtype, "tiling": self.tiling}
+        weights = self.vae_part.identity(UNUSED)
+        about: dict[str, Any] = {"weights": weights, "dtype": self.dtype, "tiling": self.tiling}
         if self.tiling:
             about["tile"] = [self.tile_height, self.tile_width]
         if output == "image_moments":
@@ -290,8 +292,8 @@ class VideoTextEncoder(Encoder):
 def _picture(batch: dict[str, Any]) -> Tensor:
     if "image" not in batch:
         raise UserError(
-            "these weights make videos of a picture and a text, and the data give no picture: take "
-            "data=captioned_clips_image, or weights of text-to-video"
+            "these weights make videos of a picture and a text, and there is no picture: take "
+            "data=captioned_clips_image, or image=<file> for vireo sample, or weights of text-to-video"
         )
     return batch["image"]
 

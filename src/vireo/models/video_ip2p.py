@@ -103,6 +103,17 @@ class VideoEditor(Network):
 
         What was not trained is taken over from `pipeline`, as hard links where the file system has them, else copies.
         """
+        for part in self._write(folder, state):
+            self.pipeline.copy(part, folder)
+        return [folder]
+
+    def try_export(self, folder: Path, state: Mapping[str, Tensor]) -> None:
+        """As `export`, without linking: a link would tell whoever watches the frozen weights that they have changed."""
+        for part in self._write(folder, state):
+            self.pipeline.files(part)
+
+    def _write(self, folder: Path, state: Mapping[str, Tensor]) -> list[str]:
+        """What an export makes itself; returns the parts that it takes over."""
         (folder / "unet").mkdir(parents=True, exist_ok=True)
         unet = {name: value.contiguous() for name, value in _below("unet.", state).items()}
         self.unet.save_config(folder / "unet")
@@ -112,15 +123,13 @@ class VideoEditor(Network):
             parts.append("text_encoder")
         else:
             self.text_encoder.save_pretrained(folder / "text_encoder", state_dict=_below("text_encoder.", state))
-        for part in parts:
-            self.pipeline.copy(part, folder)
         scheduler = self.pipeline.scheduler(self.noise_schedule)
         scheduler.save_pretrained(folder / "scheduler")
         classes = {**CLASSES, "scheduler": ("diffusers", type(scheduler).__name__)}
         index = {"_class_name": PIPELINE, "num_frames": self.num_condition_frames}
         index |= {name: list(where) for name, where in sorted(classes.items())}
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        return [folder]
+        return parts
 
     def load(self, path: Path) -> None:
         """Take in a pipeline's folder or its `unet/`, as `unet` of the class does; a learning text encoder as well."""
@@ -240,8 +249,8 @@ class _Pipeline:
                 says = "%s: %s of the weights is %s, model.noise_schedule's is %s; they learn anew what differs"
                 log.warning(says, self.folder, name, said, value)
 
-    def copy(self, part: str, target: Path) -> None:
-        """One part's files into `target`/part, without pickled ones and half-precision twins."""
+    def files(self, part: str) -> list[Path]:
+        """One part's files, without pickled ones and half-precision twins. Raises UserError if there are none."""
         source = self.folder / part
         files = [p for p in source.glob("*") if p.suffix in self.KEPT and ".fp16." not in p.name]
         if not files:
@@ -249,6 +258,11 @@ class _Pipeline:
                 f"An export is a complete pipeline, but {self.folder} has no {part}/. Set model.network.pipeline to a "
                 "folder with vae, text_encoder, tokenizer and scheduler."
             )
+        return files
+
+    def copy(self, part: str, target: Path) -> None:
+        """One part's files into `target`/part."""
+        files = self.files(part)
         (target / part).mkdir(parents=True, exist_ok=True)
         for file in files:
             _link_or_copy(file.resolve(), target / part / file.name)

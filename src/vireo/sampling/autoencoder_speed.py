@@ -5,11 +5,10 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vireo.errors import UserError
 from vireo.models import teacher_lengths
@@ -18,6 +17,7 @@ from vireo.models.teachers import DTYPES, Teacher
 from vireo.peak_memory import peak_memory
 from vireo.pixels import to_uint8
 from vireo.randomness import Draws
+from vireo.sampling.evaluation import Evaluated
 
 MODES: tuple[Mode, ...] = ("parallel", "chunked", "sequential")
 Call = Callable[[], object]
@@ -42,27 +42,19 @@ class AutoencoderSpeed:
             raise UserError(f"AutoencoderSpeed takes numbers from 1 on, got {vars(self)}")
 
     @torch.no_grad()
-    def __call__(
-        self,
-        network: nn.Module,
-        encoder: Any,
-        sampler: Any,
-        stream: Any,
-        indices: Sequence[int],
-        device: torch.device,
-        folder: Path,
-    ) -> Sequence[Mapping[str, Any]]:
-        """A row for each network, mode and direction; see `vireo.validation.Evaluation`.
+    def __call__(self, given: Evaluated) -> Sequence[Mapping[str, Any]]:
+        """A row for each network, mode and direction; see `vireo.sampling.evaluation.Evaluation`.
 
         frames_per_s. peak_MiB: beyond what was held before (weights, the clip), see `peak_memory`; None if not
         measured. x_teacher: teacher's seconds over these. note: why a row has no figures.
         """
+        network, encoder, device = given.network, given.encoder, given.device
         if not isinstance(network, TAEHV):
             raise UserError(f"AutoencoderSpeed measures a TAEHV, the network is a {type(network).__name__}")
         teacher = encoder if self.teacher and isinstance(encoder, Teacher) else None
         dtype = teacher.dtype if teacher else "fp32"
         count = teacher_lengths.longest(self.num_frames, network.variant.name, teacher.family if teacher else None)
-        frames = Draws(stream.seed, [0], device).uniform("speed", count, 3, self.height, self.width)
+        frames = Draws(given.stream.seed, [0], device).uniform("speed", count, 3, self.height, self.width)
         facts = {"clip": f"{count}x{self.height}x{self.width}", "dtype": dtype, "device": _name(device)}
 
         rows: list[dict[str, Any]] = []
@@ -93,17 +85,21 @@ class AutoencoderSpeed:
 
 def _teachers(teacher: Teacher, frames: Tensor) -> list[tuple[str, str, Call]]:
     batch, draws = {"frames": to_uint8(frames, low=0.0)}, Draws("speed", [0], frames.device)
-    latents = teacher.condition(batch, draws)["target_latents"]
-    encode, decode = functools.partial(teacher.condition, batch, draws), functools.partial(teacher.decode, latents)
-    return [("its own", "encode", encode), ("its own", "decode", decode)]
+    # What is decoded is made at the first, untimed call, where it counts as one that may not fit.
+    latents = functools.cache(lambda: teacher.condition(batch, draws)["target_latents"])
+    encode = functools.partial(teacher.condition, batch, draws)
+    return [("its own", "encode", encode), ("its own", "decode", lambda: teacher.decode(latents()))]
 
 
 def _tinys(network: TAEHV, frames: Tensor, chunk: int) -> list[tuple[str, str, Call]]:
-    latents = network.encode(frames, "sequential")
+    latents = functools.cache(lambda: network.encode(frames, "sequential"))
     return [
-        (mode, part, functools.partial(run, given, mode, chunk))
+        (mode, part, functools.partial(call, mode))
         for mode in MODES
-        for part, run, given in (("encode", network.encode, frames), ("decode", network.decode, latents))
+        for part, call in (
+            ("encode", lambda mode: network.encode(frames, mode, chunk)),
+            ("decode", lambda mode: network.decode(latents(), mode, chunk)),
+        )
     ]
 
 

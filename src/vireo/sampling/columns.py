@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vireo.models.encoders import Encoder
 from vireo.pixels import to_pixels, to_uint8
 from vireo.randomness import Draws
+from vireo.sampling.evaluation import Evaluated
 from vireo.sampling.sampler import Sampler
 
 
@@ -59,24 +59,23 @@ class Remembered(Sampler):
 
 
 @torch.no_grad()
-def columns(
-    network: nn.Module, encoder: Encoder, sampler: Sampler, stream: Any, indices: Sequence[int], device: torch.device
-) -> Iterator[dict[str, Tensor]]:
-    """The sampler's columns and, where there is a truth, its baselines of one clip each: (T, C, H, W) in [0, 1].
+def columns(given: Evaluated) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
+    """Of one clip each its batch and the sampler's columns with, where there is a truth, its baselines: (T, C, H, W) in
+    [0, 1].
 
-    Those that are for the eyes only are left out. sampler, stream, indices: as an evaluation is given them
-    (`vireo.validation.Evaluation`). Everything is drawn as in validation, so these are the videos that it scores; what
-    is remembered is not made again.
+    Columns that are for the eyes only are left out. Everything is drawn as in validation, so these are the videos that
+    it scores; what is remembered is not made again.
     """
-    for index in indices:
-        batch = stream.batch([index], device)
-        draws = Draws(stream.seed, batch["position"], device)
+    sampler = given.sampler
+    for index in given.indices:
+        batch = given.stream.batch([index], given.device)
+        draws = Draws(given.stream.seed, batch["position"], given.device)
         if not (isinstance(sampler, Remembered) and sampler.knows(draws.positions)):
-            batch = encoder(batch, draws)
-        made = sampler(network, encoder, batch, draws)
+            batch = given.encoder(batch, draws)
+        made = sampler(given.network, given.encoder, batch, draws)
         if "target" in made:
             made = {**made, **sampler.baselines(batch)}
-        yield {name: video[0] for name, video in made.items() if name not in sampler.unscored}
+        yield batch, {name: video[0] for name, video in made.items() if name not in sampler.unscored}
 
 
 def scored(videos: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from vireo.errors import UserError
 from vireo.models.inception import FILE, Inception
 from vireo.pixels import as_8_bit, to_uint8
 from vireo.sampling.columns import columns, scored
-from vireo.sampling.edit_evaluations import texts
+from vireo.sampling.evaluation import Evaluated
 
 ENOUGH = 2000  # pictures below which FID says more about their number than about them
 
@@ -30,24 +30,15 @@ class InceptionMeasures:
         self.network = None if weights is None else Inception(weights)
 
     @torch.no_grad()
-    def __call__(
-        self,
-        network: nn.Module,
-        encoder: Any,
-        sampler: Any,
-        stream: Any,
-        indices: Sequence[int],
-        device: torch.device,
-        folder: Path,
-    ) -> Sequence[Mapping[str, Any]]:
-        """See `vireo.validation.Evaluation`."""
+    def __call__(self, given: Evaluated) -> Sequence[Mapping[str, Any]]:
+        """See `vireo.sampling.evaluation.Evaluation`."""
         if self.network is None:
             why = f"not measured: weights names no file; {FILE} is meant"
             return [{"column": "all", "fid": None, "inception_score": None, "note": why}]
-        self.network.to(device)
+        self.network.to(given.device)
         features: dict[str, list[Tensor]] = {}
         logits: dict[str, list[Tensor]] = {}
-        for videos in columns(network, encoder, sampler, stream, indices, device):
+        for _, videos in columns(given):
             comparable = scored(videos)
             if comparable:
                 comparable["target"] = videos["target"]
@@ -78,26 +69,16 @@ class ClipSimilarity:
         self.clip = None if folder is None else _Clip(Path(folder).expanduser())
 
     @torch.no_grad()
-    def __call__(
-        self,
-        network: nn.Module,
-        encoder: Any,
-        sampler: Any,
-        stream: Any,
-        indices: Sequence[int],
-        device: torch.device,
-        folder: Path,
-    ) -> Sequence[Mapping[str, Any]]:
-        """See `vireo.validation.Evaluation`."""
+    def __call__(self, given: Evaluated) -> Sequence[Mapping[str, Any]]:
+        """See `vireo.sampling.evaluation.Evaluation`."""
         none = {"to_target": None, "to_input": None, "to_text": None, "directional": "n/a: no captions"}
         if self.clip is None:
             why = "not measured: folder names no CLIP model; openai/clip-vit-large-patch14 is meant"
             return [{"column": "all", **none, "note": why}]
-        self.clip.to(device)
+        self.clip.to(given.device)
         found: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
-        shown = columns(network, encoder, sampler, stream, indices, device)
-        for videos, text in zip(shown, texts(stream, indices), strict=True):
-            comparable = scored(videos)
+        for batch, videos in columns(given):
+            comparable, [text] = scored(videos), batch["prompt"]
             references = {"to_target": self.clip.pictures(videos["target"]), "to_text": self.clip.text(text)}
             if "copy-last" in comparable:
                 references["to_input"] = self.clip.pictures(comparable["copy-last"])

@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from vireo.pixels import as_8_bit, to_pixels
 from vireo.randomness import Draws
 from vireo.sampling.columns import Remembered
 from vireo.sampling.edits import EditSampler
+from vireo.sampling.evaluation import Evaluated
 
 TRUE, OTHER_TEXT, FROZEN = "prediction", "with another clip's text", "with the last frame as all history"
 
@@ -33,32 +33,25 @@ class Counterfactuals:
         self.clips, self.batch_size = clips, batch_size
 
     @torch.no_grad()
-    def __call__(
-        self,
-        network: nn.Module,
-        encoder: Any,
-        sampler: Any,
-        stream: Any,
-        indices: Sequence[int],
-        device: torch.device,
-        folder: Path,
-    ) -> Sequence[Mapping[str, Any]]:
-        """See `vireo.validation.Evaluation`. Raises UserError for a sampler that is no EditSampler."""
-        editor = _editor(sampler)
-        indices = list(indices)[: self.clips]
-        others = dict(zip(indices, other_texts(texts(stream, indices)), strict=True))
+    def __call__(self, given: Evaluated) -> Sequence[Mapping[str, Any]]:
+        """See `vireo.sampling.evaluation.Evaluation`. Raises UserError for a sampler that is no EditSampler."""
+        editor = _editor(given.sampler)
+        given = _first(given, self.clips)
+        # The clips are read twice, since another clip's text may come after the clip.
+        texts = [text for _, batch, _ in _batches(given, self.batch_size) for text in batch["prompt"]]
+        others = dict(zip(given.indices, other_texts(texts), strict=True))
         found: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
-        for some, batch, draws in _batches(stream, indices, self.batch_size, device):
-            batch = encoder(batch, draws)
-            columns = {**editor(network, encoder, batch, draws), **editor.baselines(batch)}
+        for some, batch, draws in _batches(given, self.batch_size):
+            batch = given.encoder(batch, draws)
+            columns = {**editor(given.network, given.encoder, batch, draws), **editor.baselines(batch)}
             if (wrong := [others[index] for index in some]) and None not in wrong:
-                told = encoder(_without_text(batch, encoder) | {"prompt": wrong}, draws)
-                columns[OTHER_TEXT] = editor.predict(network, encoder, told, draws)
+                told = given.encoder(_without_text(batch, given.encoder) | {"prompt": wrong}, draws)
+                columns[OTHER_TEXT] = editor.predict(given.network, given.encoder, told, draws)
             history = batch["condition_latents"]
             if history.shape[1] > 1:
                 still = {**batch, "condition_latents": history[:, -1:].expand_as(history)}
-                columns[FROZEN] = editor.predict(network, encoder, still, draws)
-            for line, measures in _figures(editor, network, encoder, batch, columns).items():
+                columns[FROZEN] = editor.predict(given.network, given.encoder, still, draws)
+            for line, measures in _figures(editor, given.network, given.encoder, batch, columns).items():
                 for measure, values in measures.items():
                     found[line][measure].append(values)
         if not found:
@@ -90,21 +83,12 @@ class RollOut:
         self.num_frames, self.clips, self.batch_size = num_frames, clips, batch_size
 
     @torch.no_grad()
-    def __call__(
-        self,
-        network: nn.Module,
-        encoder: Any,
-        sampler: Any,
-        stream: Any,
-        indices: Sequence[int],
-        device: torch.device,
-        folder: Path,
-    ) -> Sequence[Mapping[str, Any]]:
-        """See `vireo.validation.Evaluation`. Raises UserError for a sampler that is no EditSampler."""
-        editor, known = _editor(sampler), 0
+    def __call__(self, given: Evaluated) -> Sequence[Mapping[str, Any]]:
+        """See `vireo.sampling.evaluation.Evaluation`. Raises UserError for a sampler that is no EditSampler."""
+        editor, known = _editor(given.sampler), 0
         found: dict[tuple[int, str], dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
-        for _, batch, draws in _batches(stream, list(indices)[: self.clips], self.batch_size, device):
-            columns = editor.within(network, encoder, encoder(batch, draws), draws, self.num_frames)
+        for _, batch, draws in _batches(_first(given, self.clips), self.batch_size):
+            columns = editor.within(given.network, given.encoder, given.encoder(batch, draws), draws, self.num_frames)
             length = columns["target"].shape[1]
             known = batch["frames"].shape[1] + 1 - length
             truth = torch.cat([batch["frames"], batch["target"][:, None]], dim=1)
@@ -112,7 +96,7 @@ class RollOut:
             for number in range(length):
                 frame = {name: column[:, number, None] for name, column in columns.items()}
                 compared = {"frames": truth[:, known - 1, None], "target": truth[:, known + number]}
-                for line, measures in _figures(editor, network, encoder, compared, frame).items():
+                for line, measures in _figures(editor, given.network, given.encoder, compared, frame).items():
                     for measure, values in measures.items():
                         found[number + 1, line][measure].append(values)
         return [
@@ -124,13 +108,6 @@ class RollOut:
             }
             for (number, line), measures in found.items()
         ]
-
-
-def texts(stream: Any, indices: Sequence[int]) -> list[str]:
-    """The instruction of each held-out clip; nothing is decoded for it."""
-    return [
-        stream.dataset.sample(stream.index(position), Draws(stream.seed, [position]))["prompt"] for position in indices
-    ]
 
 
 def other_texts(given: Sequence[str]) -> list[str | None]:
@@ -149,13 +126,15 @@ def _editor(sampler: Any) -> EditSampler:
     return sampler
 
 
-def _batches(
-    stream: Any, indices: Sequence[int], size: int, device: torch.device
-) -> Iterator[tuple[list[int], dict[str, Any], Draws]]:
-    for start in range(0, len(indices), size):
-        some = list(indices[start : start + size])
-        batch = stream.batch(some, device)
-        yield some, batch, Draws(stream.seed, batch["position"], device)
+def _first(given: Evaluated, clips: int | None) -> Evaluated:
+    return given._replace(indices=list(given.indices)[:clips])
+
+
+def _batches(given: Evaluated, size: int) -> Iterator[tuple[list[int], dict[str, Any], Draws]]:
+    for start in range(0, len(given.indices), size):
+        some = list(given.indices[start : start + size])
+        batch = given.stream.batch(some, given.device)
+        yield some, batch, Draws(given.stream.seed, batch["position"], given.device)
 
 
 def _without_text(batch: Mapping[str, Any], encoder: Any) -> dict[str, Any]:

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from vireo.metrics import decibels, frame_mse
 from vireo.pixels import as_8_bit
 from vireo.sampling.columns import columns, scored
+from vireo.sampling.evaluation import Evaluated
 
 
 class FramePhases:
@@ -23,28 +23,19 @@ class FramePhases:
         self.period = period
 
     @torch.no_grad()
-    def __call__(
-        self,
-        network: nn.Module,
-        encoder: Any,
-        sampler: Any,
-        stream: Any,
-        indices: Sequence[int],
-        device: torch.device,
-        folder: Path,
-    ) -> Sequence[Mapping[str, Any]]:
-        """A row a column, values in dB, means over the clips; see `vireo.validation.Evaluation`.
+    def __call__(self, given: Evaluated) -> Sequence[Mapping[str, Any]]:
+        """A row a column, values in dB, means over the clips; see `vireo.sampling.evaluation.Evaluation`.
 
         "first frame"; "t mod p = k" without it, None where clips are too short; "spread": best minus worst of these.
         """
         found: dict[str, list[torch.Tensor]] = {}
-        for videos in columns(network, encoder, sampler, stream, indices, device):
+        for _, videos in columns(given):
             for name, video in scored(videos).items():
                 by_frame = decibels(frame_mse(as_8_bit(video), as_8_bit(videos["target"])))
                 found.setdefault(name, []).append(by_frame.cpu())
         curves = {name: torch.stack(clips).mean(0).tolist() for name, clips in found.items()}
         if curves:
-            _draw(curves, self.period, folder / "psnr_by_frame.png")
+            _draw(curves, self.period, given.folder / "psnr_by_frame.png")
         return [{"column": name, **self.phases(curve)} for name, curve in curves.items()]
 
     def phases(self, by_frame: Sequence[float]) -> dict[str, float | None]:

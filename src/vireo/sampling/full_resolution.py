@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vireo.comparison import show
 from vireo.errors import UserError
@@ -15,6 +15,7 @@ from vireo.models.taehv import TAEHV
 from vireo.models.teachers import Teacher
 from vireo.pixels import to_uint8
 from vireo.randomness import Draws
+from vireo.sampling.evaluation import Evaluated
 from vireo.sampling.four_paths import FourPaths
 from vireo.sampling.reconstruction import Reconstruction
 
@@ -49,37 +50,30 @@ class FullResolution:
             raise UserError(f"FullResolution takes numbers from 1 on, got max_frames={max_frames}, clips={clips}")
 
     @torch.no_grad()
-    def __call__(
-        self,
-        network: nn.Module,
-        encoder: Any,
-        sampler: Any,
-        stream: Any,
-        indices: Sequence[int],
-        device: torch.device,
-        folder: Path,
-    ) -> Sequence[Mapping[str, Any]]:
-        """A row for each clip and column, then the means; see `vireo.validation.Evaluation`.
+    def __call__(self, given: Evaluated) -> Sequence[Mapping[str, Any]]:
+        """A row for each clip and column, then the means; see `vireo.sampling.evaluation.Evaluation`.
 
         Each measure stands beside the crop's. Without a teacher "own latents" are all there is, and the baselines.
         """
+        network, encoder, stream, device = given.network, given.encoder, given.stream, given.device
         if not isinstance(network, TAEHV):
             raise UserError(f"FullResolution takes a TAEHV, the network is a {type(network).__name__}")
-        if self.teacher and not isinstance(encoder, Teacher):
+        teacher = encoder if self.teacher and isinstance(encoder, Teacher) else None
+        if self.teacher and teacher is None:
             raise UserError("FullResolution has teacher=true, but the model's encoder is no teacher")
         dataset = stream.dataset
         if not isinstance(dataset, WholeClips):
             note = f"not measured: {type(dataset).__name__} has no clips at their own size"
             return [{"clip": "all", "note": note}]
-        family = encoder.family if self.teacher else None
+        family = teacher.family if teacher else None
         rows = []
-        for index in indices[: self.clips]:
+        for index in given.indices[: self.clips]:
             limit = min(self.max_frames, dataset.longest(index))
             length = teacher_lengths.longest(limit, network.variant.name, family)
             sample = dataset.whole(index, length, network.variant.spatial_downscale)
             batch = {"frames": sample["frames"][None].to(device), "position": torch.tensor([index])}
             whole, baselines, note = self._videos(network, encoder, batch, stream.seed)
-            _show(whole, folder / f"full_{index:03d}", sample.get("fps"))
+            _show(whole, given.folder / f"full_{index:03d}", sample.get("fps"))
             crop, small_baselines, _ = self._videos(network, encoder, stream.batch([index], device), stream.seed)
             rows += _rows(sample["name"], {**whole, **baselines}, {**crop, **small_baselines})
             rows += [{**rows[-1], "column": "teacher", **dict.fromkeys(FIGURES), "note": note}] if note else []

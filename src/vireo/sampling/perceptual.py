@@ -12,6 +12,7 @@ from vireo.errors import UserError
 from vireo.models.taehv_weights import read
 from vireo.pixels import as_8_bit
 from vireo.sampling.columns import columns, scored
+from vireo.sampling.evaluation import Evaluated
 
 SMALLEST = 31  # pixels: smaller pictures end before AlexNet's last layers
 
@@ -70,23 +71,14 @@ class PerceptualDistance:
         self.lpips = None if alexnet is None else Lpips(alexnet)
 
     @torch.no_grad()
-    def __call__(
-        self,
-        network: nn.Module,
-        encoder: Any,
-        sampler: Any,
-        stream: Any,
-        indices: Sequence[int],
-        device: torch.device,
-        folder: Path,
-    ) -> Sequence[Mapping[str, Any]]:
-        """A row a column: {"column", "lpips", "note"}; see `vireo.validation.Evaluation`."""
+    def __call__(self, given: Evaluated) -> Sequence[Mapping[str, Any]]:
+        """A row a column: {"column", "lpips", "note"}; see `vireo.sampling.evaluation.Evaluation`."""
         if self.lpips is None:
             note = "not measured: alexnet names no file; torchvision's alexnet-owt-7be5be79.pth is meant"
             return [{"column": "all", "lpips": None, "note": note}]
-        self.lpips.to(device)
+        self.lpips.to(given.device)
         found: dict[str, list[float]] = {}
-        for videos in columns(network, encoder, sampler, stream, indices, device):
+        for _, videos in columns(given):
             target = as_8_bit(videos["target"]) if "target" in videos else None
             for name, video in scored(videos).items():
                 found.setdefault(name, []).append(float(self.lpips(as_8_bit(video), target).mean()))

@@ -16,10 +16,11 @@ class Arguments(NamedTuple):
     own: dict[str, str]
 
 
-def read(words: Sequence[str], own: Collection[str]) -> Arguments:
+def read(words: Sequence[str], own: Collection[str], needs_weights: bool = True) -> Arguments:
     """Split the words; `run=` names a run's folder (or a name below outputs) whose config is taken.
 
-    own: names of the verb's own keys. Raises UserError for words that are not key=value, unknown runs and whatever
+    own: names of the verb's own keys. needs_weights: whether what size=full wants below paths.weights must be there;
+    a run's has been. Raises UserError for words that are not key=value, unknown runs and whatever
     is wrong with the config.
     """
     values: dict[str, str] = {}
@@ -35,7 +36,8 @@ def read(words: Sequence[str], own: Collection[str]) -> Arguments:
     if "run" in values:
         folder = find_run(values.pop("run"))
         return Arguments(config.change(config.load_resolved(folder / "resolved.yaml"), overrides), folder, values)
-    return Arguments(config.settings(overrides), None, values)
+    folders = ("data", "weights") if needs_weights else ("data",)
+    return Arguments(config.settings(overrides, folders), None, values)
 
 
 def find_run(name: str) -> Path:

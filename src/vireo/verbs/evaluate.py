@@ -34,6 +34,7 @@ def main(words: Sequence[str]) -> int:
     clips = arguments.whole(given.own, "clips", None)
     from vireo import objects, report
     from vireo.sampling.columns import Remembered
+    from vireo.sampling.evaluation import Evaluated
     from vireo.validation import means, means_by_task, score_clips
     from vireo.verbs import trained
 
@@ -50,14 +51,19 @@ def main(words: Sequence[str]) -> int:
     with TemporaryDirectory() as videos:
         sampler = Remembered(sampler, Path(videos)) if evaluations else sampler
         scored = score_clips(network, encoder, loss, sampler, stream, indices, batch_size, device)
-        scores, shown = _show_extremes(scored, settings, folder)
+        everything, shown = _show_extremes(scored, settings, folder)
+        scores = [score for score in everything if not score.unreadable]
+        unreadable = {score.name: score.unreadable for score in everything if score.unreadable}
+        readable = [score.clip for score in scores]
         mean, tasks = means(scores), means_by_task(scores)
-        rows = [{"clip": score.name, **_honest(score.measures)} for score in scores]
+        rows: list[dict[str, Any]] = [{"clip": score.name, **_honest(score.measures)} for score in scores]
+        rows += [{**dict.fromkeys(rows[0] if rows else ()), "clip": name} for name in unreadable]
         found: dict[str, Any] = {"weights": about, "device": str(device), "clips": len(scores), "notes": NOTES}
         found |= {
             "mean": mean,
             "tasks": tasks,
             "each": rows,
+            "unreadable": unreadable,
             "shown": shown,
             "evaluations": {},
             "missing": list(evaluations),
@@ -65,10 +71,12 @@ def main(words: Sequence[str]) -> int:
         write_json(folder / "metrics.json", found)
         report.write_csv(rows, folder / "metrics.csv")
         print(f"{len(scores)} held-out clips, weights: {about}\n\n{report.comparison(mean)}\n", flush=True)
+        for name, reason in unreadable.items():
+            print(f"left out: {name}: {reason}")
         if tasks:
             print(f"by task\n{report.table(tasks)}\n", flush=True)
         for name, evaluation in evaluations.items():
-            table = list(evaluation(network, encoder, sampler, stream, indices, device, folder))
+            table = list(evaluation(Evaluated(network, encoder, sampler, stream, readable, device, folder)))
             print(f"{name.replace('_', ' ')}\n{report.table(table)}\n", flush=True)
             found["evaluations"][name] = table
             found["missing"].remove(name)
@@ -80,13 +88,17 @@ def main(words: Sequence[str]) -> int:
 def _show_extremes(
     scored: Iterator[tuple["ClipScore", dict[str, "Tensor"]]], settings: Mapping[str, Any], folder: Path
 ) -> tuple[list["ClipScore"], dict[str, str]]:
-    """All scores; the worst and the best clips are written as worst_1, …, best_1, … and named here by these."""
+    """All scores, also of clips that cannot be read; the worst and the best clips are written as worst_1, …, best_1, …
+    and named here by these."""
     from vireo.comparison import show
 
     metric, sign = settings["metric"], 1 if settings["higher_is_better"] else -1
     scores: list[ClipScore] = []
     heaps: dict[str, list] = {"worst": [], "best": []}  # so that only a few videos are held
     for score, columns in scored:
+        if score.unreadable:
+            scores.append(score)
+            continue
         if metric not in score.measures:
             raise UserError(f"validation.metric={metric} is not measured; there are {', '.join(score.measures)}")
         scores.append(score)

@@ -32,8 +32,9 @@ KINDS = {"out": (str, "a folder"), "strict": (bool, "true or false"), "resplit":
 def main(words: Sequence[str]) -> int:
     if list(words[:1]) == ["mini"]:
         return _mini(words[1:])
-    given = arguments.read(words, (*OWN, "cache"))
-    if "cache" in given.own:
+    encodes = any(word.startswith("cache=") for word in words)
+    given = arguments.read(words, (*OWN, "cache"), needs_weights=encodes)
+    if encodes:
         others = sorted(given.own.keys() - {"cache"})
         if others:
             raise UserError(f"cache={given.own['cache']} goes without {', '.join(others)}: prepare the data first")

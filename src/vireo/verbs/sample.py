@@ -40,13 +40,16 @@ def main(words: Sequence[str]) -> int:
     sampler, fps = objects.sampler(given.settings), given.settings["validation"]["fps"]
     some = range(min(clips or 0, len(stream.dataset)))
     batch_size, device = given.settings["batch_size"], trained.device()
-    loss, rates = objects.loss(given.settings), {}
+    loss, rates = objects.loss(given.settings), dict[int, float | None]()
     for score, columns in score_clips(network, encoder, loss, sampler, stream, some, batch_size, device):
+        if score.unreadable:
+            print(f"clip {score.clip} is left out: {score.name}: {score.unreadable}")
+            continue
         rates[score.clip] = fps or score.fps
         written = show(columns, folder / f"clip_{score.clip:03d}", rates[score.clip])
         psnr = f"  {score.measures['psnr']:.2f} dB" if "psnr" in score.measures else ""
         print(f"{', '.join(map(str, written))}  {score.name}{psnr}")
-    for clip, title, columns in further_videos(network, encoder, sampler, stream, some, batch_size, device):
+    for clip, title, columns in further_videos(network, encoder, sampler, stream, list(rates), batch_size, device):
         print(*show(columns, folder / f"clip_{clip:03d}_{title}", rates[clip]), sep=", ")
     return 0
 
