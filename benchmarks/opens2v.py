@@ -86,9 +86,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         size = write(Path(folder), count)
-        print(
-            f"{count} entries, {size / MIB:.0f} MiB, {size / count / 1000:.1f} kB each: {time.perf_counter() - began:.0f} s"
-        )
+        took = time.perf_counter() - began
+        print(f"{count} entries, {size / MIB:.0f} MiB, {size / count / 1000:.1f} kB each, written in {took:.0f} s")
         wall, cpu, _, peak, _, _ = measure(Path(folder))
         print(f"index made in {wall:.1f} s ({cpu:.1f} s of CPU), {peak / MIB:.0f} MiB at most while it is made")
         again, _, added, peak, by_number, by_key = measure(Path(folder))

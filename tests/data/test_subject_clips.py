@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ from PIL import Image
 
 from vireo.data import rle
 from vireo.data.references import Augmentation
+from vireo.data.source import ChangedError
 from vireo.data.stream import Stream
 from vireo.data.subject_clips import SubjectClips
 from vireo.errors import UserError
@@ -273,6 +275,17 @@ def test_equal_sources_load_equal_pictures(root):
         for field in ("references", "clip_references"):
             known = {source.identity: source.load() for source in made.sources(0)[field]}
             assert all(torch.equal(known[source.identity], source.load()) for source in sample[field])
+
+
+@pytest.mark.parametrize("field", ["frames", "references"])
+def test_a_video_that_changes_after_it_was_hashed_is_found(root, tmp_path, field):
+    shutil.copytree(root, tmp_path / "root")
+    sample = clips(tmp_path / "root", windows=1).sample(0, draws())
+    source = sample[field] if field == "frames" else sample[field][0]
+    videos = tmp_path / "root" / VIDEOS
+    shutil.copyfile(videos / "0001_part1.mp4", videos / "0000_part1.mp4")
+    with pytest.raises(ChangedError, match="0000_part1.mp4"):
+        source.load()
 
 
 def test_what_is_changed_at_random_cannot_be_cached(root):

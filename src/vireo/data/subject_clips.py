@@ -17,7 +17,7 @@ from vireo.data.clip_sampling import spread_clip
 from vireo.data.json_index import hashed
 from vireo.data.listing import shortened
 from vireo.data.references import Augmentation, Background, blank, letterbox, read_cutout
-from vireo.data.source import Source, identify
+from vireo.data.source import Source, check_content, identify
 from vireo.data.subject_annotations import cluster
 from vireo.data.subject_choice import SELECTIONS, Chosen, Filters, Selection, choose
 from vireo.data.subject_pairs import SubjectPairs
@@ -272,14 +272,16 @@ class SubjectClips:
 
     def _picture(self, reference: Reference, size: tuple[int, int], number: int, draws: Draws | None) -> Source:
         augmentation = self.augmentation
+        identity = None if augmentation is not None else reference.identity(size)
 
         def load() -> Tensor:
             cutout = reference.cutout
+            check_content(identity, reference.path)
             if augmentation is not None and draws is not None:
                 cutout = augmentation(cutout, draws, number)
             return letterbox(cutout, *size)
 
-        return Source(None if augmentation is not None else reference.identity(size), load, reference.name)
+        return Source(identity, load, reference.name)
 
     def _window(self, clip: Clip, draws: Draws) -> "Window":
         starts = self._fixed_starts(clip)
@@ -305,9 +307,9 @@ class SubjectClips:
                 width=self.width,
                 resampler="torch bilinear, antialiased",
             )
-        return Source(identity, partial(self._load, clip, start), clip.name)
+        return Source(identity, partial(self._load, clip, start, identity), clip.name)
 
-    def _load(self, clip: Clip, start: float) -> Tensor:
+    def _load(self, clip: Clip, start: float, identity: str | None = None) -> Tensor:
         """uint8 RGB (T, 3, height, width)."""
         about = clip.about
         with VideoReader(clip.path) as video:
@@ -320,6 +322,7 @@ class SubjectClips:
                 if not step:
                     raise BadVideoError(clip.path, "the frame rate is unknown, which data.target_fps needs")
             frames = video.get([first + k for k in spread_clip(stop - first, self.num_frames, step, start)])
+        check_content(identity, clip.path)
         return self._fitted(frames, clip.box(frames)).contiguous()
 
     def _fitted(self, frames: Tensor, box: Box) -> Tensor:

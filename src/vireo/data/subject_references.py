@@ -47,6 +47,7 @@ class Reference:
     def __init__(self, shown: Shown, background: Background) -> None:
         self.shown, self.background = shown, background
         subject = shown.subject
+        self.path = shown.picture.clip.path
         self.name = f"{shown.picture.clip.name}, " + (f"mask {subject.id}" if subject else "whole frame")
 
     @cached_property
@@ -56,7 +57,7 @@ class Reference:
             return Cutout(picture, np.ones(picture.shape[:2], bool))
         if mask.shape != picture.shape[:2]:
             own, whole = ("x".join(map(str, shape)) for shape in (mask.shape, picture.shape[:2]))
-            raise BadVideoError(self.shown.picture.clip.path, f"{self.name} is {own}, the cropped picture {whole}")
+            raise BadVideoError(self.path, f"{self.name} is {own}, the cropped picture {whole}")
         return cut_out(picture, mask, self.background)
 
     def identity(self, size: tuple[int, int]) -> str:
