@@ -269,6 +269,12 @@ def test_sources_are_all_that_samples_ask_for(root, arguments):
     assert None not in listed["frames"] and made.sources(0)["prompt"] == [sample["prompt"]]
 
 
+def test_a_clip_that_is_shown_whole_can_be_cached_without_windows(root):
+    made = clips(root, 21)
+    assert made.sample(0, draws())["frames"].identity == made.sources(0)["frames"][0].identity is not None
+    assert "frames" not in clips(root, 20).sources(0)
+
+
 def test_equal_sources_load_equal_pictures(root):
     made = clips(root, windows=2, max_subjects_per_sample=2)
     for sample in (made.sample(0, draws(k)) for k in range(3)):

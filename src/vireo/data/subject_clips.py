@@ -52,6 +52,7 @@ class SubjectClips:
         Validation always shows the middle of a clip and the same subjects.
     sample_stride: frames of the video from one to the next; target_fps: frames a second instead.
     windows: how many starts a training clip has, the same in each epoch, so that they can be cached; null draws anew.
+        A clip of no more than num_frames frames has one.
     subject_selection: "first" mask, "random", or "best_score"; prefer_tagged: subjects and people before other things.
     no_background, subject_area, min_text_score, max_overlap, with_face: see `vireo.data.subject_choice.Filters`.
     reference_background: "white", or "keep" for the box as it is in the frame.
@@ -293,6 +294,8 @@ class SubjectClips:
     def _fixed_starts(self, clip: Clip) -> list[float]:
         if self.split == "validation":
             return [0.5]
+        if clip.about.stop - clip.about.start <= self.num_frames:  # all of it is shown
+            return [0.0]
         return [float(Draws(("windows", clip.name), [k]).uniform("start")[0]) for k in range(self.windows or 0)]
 
     def _frames(self, clip: Clip, start: float, is_fixed: bool) -> Source:
