@@ -433,7 +433,7 @@ class _PyAVVideo:
         _check_file(path)
         self._path = path
         try:
-            self._container = av.open(str(path))
+            self._container = av.open(str(path), metadata_errors="replace")  # titles in another encoding are no fault
         except (av.FFmpegError, OSError) as error:
             reason = f"not a video, or a truncated one whose index at the end is missing ({_first(error)})"
             raise BadVideoError(path, reason) from error

@@ -83,6 +83,7 @@ PROGRAMS = {
     "vireo.mini.frame_edits": "data/frame_edits",
     "vireo.mini.captioned_clips": "data/captioned_clips",
     "vireo.mini.masked_clips": "data",
+    "vireo.mini.subject_clips": "data/subject_clips",
     "vireo.mini.networks": "weights",
 }
 
