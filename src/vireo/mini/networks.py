@@ -136,13 +136,18 @@ def write_editor(folder: Path) -> None:
     """The pipeline's folder without its VAE, which is shipped."""
     write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
     write_json(folder / "model_index.json", PIPELINE)
+    write_text_encoder(folder)
+    save("diffusers", "UNet2DConditionModel", UNET, folder / "unet")
+
+
+def write_text_encoder(folder: Path) -> None:
+    """`tokenizer/` and the `text_encoder/` that fits it."""
     write_clip_tokenizer(folder / "tokenizer")
     vocabulary = json.loads((folder / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
     ends = {"bos_token_id": "<|startoftext|>", "eos_token_id": "<|endoftext|>", "pad_token_id": "<|endoftext|>"}
     tokens = {name: vocabulary[token] for name, token in ends.items()}
     text_encoder = {**TEXT_ENCODER, "vocab_size": len(vocabulary), **tokens}
     save("transformers", "CLIPTextModel", text_encoder, folder / "text_encoder")
-    save("diffusers", "UNet2DConditionModel", UNET, folder / "unet")
 
 
 def fitted(state: dict[str, Any], trained: dict[str, Any]) -> dict[str, Any]:
@@ -206,9 +211,10 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    from vireo.mini import wan_networks  # which imports this module
+    from vireo.mini import eraser_networks, wan_networks  # which import this module
 
     write_editor(Path(sys.argv[1]) / EDITOR)
     for model in COGVIDEOX:
         write_cogvideox(Path(sys.argv[1]) / model, model)
+    eraser_networks.write(Path(sys.argv[1]))
     wan_networks.write(Path(sys.argv[1]))

@@ -9,7 +9,6 @@ the shipped weights: delete their folder first.
 """
 
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -30,7 +29,9 @@ def ship(run: Path, folder: Path = SHIPPED_TRANSFORMER) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / FILE, metadata={"format": "pt"})
     (folder / FILE).chmod(0o644)  # safetensors makes them private
-    shutil.copyfile(exported / "config.json", folder / "config.json")
+    config = json.loads((exported / "config.json").read_text(encoding="utf-8"))
+    config.pop("_name_or_path", None)  # a folder of this machine
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     finished = json.loads((run / "finished").read_text(encoding="utf-8"))
     figures = {
         "held_out": finished["figures"],
