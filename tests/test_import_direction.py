@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 SRC = Path(__file__).parents[1] / "src" / "vireo"
-HYDRA = ("config", "launch", "verbs", "train")
+HYDRA = ("config", "launch", "submitted", "verbs", "train")
 FILES = sorted(path for path in SRC.rglob("*.py") if "conf" not in path.relative_to(SRC).parts[:1])
 
 
