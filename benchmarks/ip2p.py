@@ -9,6 +9,7 @@ Every comparison alternates between the two in this process; loading happens in 
 
 import argparse
 import itertools
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from vireo import cache_filling, config, distributed, faults, objects
 from vireo.cache import Cache
 from vireo.data.stream import Slices, Stream, loader
 from vireo.ema import ExponentialMovingAverage
+from vireo.hangs import Watchdog
 from vireo.mini import world
 from vireo.strategies.replicated import Replicated
 from vireo.training import Progress, train
@@ -105,9 +107,12 @@ class Loop:
             max_grad_norm=1.0,
             log_every=10,
             max_consecutive_skips=10,
+            max_loss_rise=None,
             max_bad_files=1,
             stop=faults.StopRequest(),
+            watchdog=Watchdog(Path(os.devnull), timeout=3600),
             report=lambda step, figures: None,
+            record=lambda incident: None,
             at_boundary=lambda progress, last: None,
         ).step
         for group, rate in zip(self.optimizer.param_groups, base, strict=True):

@@ -5,7 +5,9 @@ vote, guard, schedule, figures every 10 steps) and through a bare PyTorch loop, 
 """
 
 import itertools
+import os
 import sys
+from pathlib import Path
 
 import torch
 
@@ -13,6 +15,7 @@ from paired import paired, verdict
 from vireo import config, distributed, faults, objects
 from vireo.ema import ExponentialMovingAverage
 from vireo.freezing import FreezePolicy
+from vireo.hangs import Watchdog
 from vireo.models.encoders import NoEncoder
 from vireo.optimizers import adamw
 from vireo.schedules import Cosine
@@ -73,9 +76,12 @@ def main() -> None:
             max_grad_norm=1.0,
             log_every=10,
             max_consecutive_skips=10,
+            max_loss_rise=None,
             max_bad_files=1,
             stop=faults.StopRequest(),
+            watchdog=Watchdog(Path(os.devnull), timeout=3600),
             report=lambda step, figures: None,
+            record=lambda incident: None,
             at_boundary=lambda progress, last: None,
         )
 

@@ -12,6 +12,7 @@ import copy
 import functools
 import itertools
 import json
+import os
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 from paired import paired, verdict
 from vireo import config, distributed, faults, objects
 from vireo.ema import ExponentialMovingAverage
+from vireo.hangs import Watchdog
 from vireo.models.encoders import NoEncoder
 from vireo.models.seraena_discriminator import for_taehv
 from vireo.models.taehv import TAEHV
@@ -129,9 +131,12 @@ def ours(side: int) -> tuple[Callable[[], None], Callable[[], tuple[int, int]]]:
             max_grad_norm=settings["max_grad_norm"],
             log_every=10,
             max_consecutive_skips=10,
+            max_loss_rise=None,
             max_bad_files=1,
             stop=faults.StopRequest(),
+            watchdog=Watchdog(Path(os.devnull), timeout=3600),
             report=lambda step, figures: None,
+            record=lambda incident: None,
             at_boundary=lambda progress, last: None,
         )
         for group in optimizer.param_groups:  # the loop takes what it finds for the base rate

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from vireo import worker
+from vireo import faults, worker
 from vireo.console import set_up_logging
 
 
 def work(
-    folders: Sequence[Path], sabotage: Callable[[], None] | None = None, processes: int = 2, timeout: float = 240
+    folders: Sequence[Path], sabotage: Callable[[], None] | None = None, processes: int = 2, timeout: float = 600
 ) -> list[list[int]]:
     """Run the worker on each folder in turn, on all ranks; returns the exit codes of each folder by rank.
 
@@ -23,7 +23,10 @@ def work(
     fork = multiprocessing.get_context("fork")
     port, queue = _free_port(), fork.SimpleQueue()
 
+    parent = os.getpid()
+
     def child(rank: int) -> None:
+        faults.die_with_parent(parent)
         group = {"WORLD_SIZE": processes, "RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1"}
         group |= {"MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in group.items()})

@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import os
-import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,7 +11,8 @@ import matplotlib.pyplot  # noqa: F401
 import torch._dynamo  # noqa: F401 - which torch's optimizers import
 import torchmetrics.functional.image  # noqa: F401
 
-from vireo import config, worker
+from tests.sabotage import die_at  # noqa: F401
+from vireo import config, faults, worker
 from vireo.console import set_up_logging
 
 # The TAEHV recipe on the mini world with a network of a few thousand parameters.
@@ -34,7 +34,8 @@ TINY = [
     "tracker=none",
     "loader.workers=0",
 ]
-TIMING = ("seconds_per_step", "data_wait")  # of metrics.jsonl: the only figures that two equal runs differ in
+# Of metrics.jsonl: the only figures that two equal runs differ in.
+TIMING = ("seconds_per_step", "data_wait", "host_memory", "device_memory")
 
 
 def make(outputs: Path, overrides: Sequence[str], shrunk: bool = True) -> Path:
@@ -52,7 +53,10 @@ def work(folder: Path, sabotage: Callable[[], None] | None = None, timeout: floa
     sabotage: called in that process before the run, to break something in it.
     """
 
+    parent = os.getpid()
+
     def child() -> None:
+        faults.die_with_parent(parent)
         set_up_logging(folder / "train.log")
         if sabotage is not None:
             sabotage()
@@ -76,24 +80,6 @@ def train(outputs: Path, *overrides: str, shrunk: bool = True) -> Path:
 
 
 def metrics(folder: Path) -> list[dict]:
-    """Rows of metrics.jsonl without what a clock measured."""
+    """Rows of metrics.jsonl without what the machine measured."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in row.items() if key not in TIMING} for row in rows]
-
-
-def die_at(step: int, micro: int = 0) -> Callable[[], None]:
-    """Sabotage: SIGKILL in the middle of a step."""
-
-    def arm() -> None:
-        from vireo import training
-
-        original = training.seed_default
-
-        def deadly(seed, purpose, position):
-            if position[:2] == (step, micro):
-                os.kill(os.getpid(), signal.SIGKILL)
-            original(seed, purpose, position)
-
-        training.seed_default = deadly
-
-    return arm

@@ -110,9 +110,27 @@ def test_retention_keeps_the_newest_the_best_and_the_multiples(tmp_path):
     assert checkpoint.retain(tmp_path, keep_last=0, keep_every=None, best=None) == [10, 20, 40]
 
 
-def test_an_explicit_checkpoint_must_exist(tmp_path):
-    with pytest.raises(UserError, match="not a checkpoint"):
-        checkpoint.find(tmp_path, str(tmp_path / "nowhere"))
-    assert checkpoint.find(tmp_path, "auto") is None
-    save(tmp_path, 3)
-    assert checkpoint.find(tmp_path, "none") is None
+def test_a_checkpoint_that_is_adopted_is_the_newest(tmp_path):
+    save(tmp_path / "other", 20)
+    other = checkpoint.folder_of(tmp_path / "other", 20)
+    checkpoint.adopt(tmp_path / "new", other)
+    assert checkpoint.latest(tmp_path / "new").step == 20 and checkpoint.verify(other).step == 20
+    run = tmp_path / "run"
+    save(run, 10, 20, 30)
+    own = {step: checkpoint.folder_of(run, step) for step in (10, 20, 30)}
+    for source, left in ((other, [10, 20]), (own[20], [10, 20]), (own[10], [10])):
+        checkpoint.adopt(run, source)
+        assert checkpoint.steps(run) == left
+        assert checkpoint.latest(run).step == left[-1]
+    aside = {path.name for path in (run / "checkpoints").iterdir()} - {"step_00000010"}
+    assert aside == {"step_00000020.aside", "step_00000030.aside"}
+    checkpoint.adopt(run, own[20].with_suffix(".aside"))  # what was set aside can be taken up again
+    assert checkpoint.latest(run).step == 20
+
+
+def test_a_checkpoint_that_is_no_good_is_not_adopted(tmp_path):
+    save(tmp_path, 10, 20)
+    cut(checkpoint.folder_of(tmp_path, 10) / "manifest.json")
+    with pytest.raises(UserError, match="damaged manifest"):
+        checkpoint.adopt(tmp_path, checkpoint.folder_of(tmp_path, 10))
+    assert checkpoint.steps(tmp_path) == [10, 20]

@@ -41,6 +41,21 @@ def test_videos_have_all_columns_and_the_rate(tmp_path):
         assert picture.width == 3 * 48
 
 
+def test_a_gif_plays_for_ever_at_the_rate(tmp_path):
+    written = show(columns(), tmp_path / "clip", 8.0, gif=True)
+    assert [path.name for path in written] == ["clip.mp4", "clip.png", "clip.gif"]
+    with Image.open(tmp_path / "clip.gif") as animation:
+        assert (animation.n_frames, animation.width) == (1, 4 * 48), "frames that are equal are one"
+        assert animation.info["loop"] == 0
+    moving = torch.arange(3, dtype=torch.uint8)[:, None, None, None].expand(3, 3, 8, 8) * 100
+    show({"prediction": moving}, tmp_path / "moving", 8.0, gif=True)
+    with Image.open(tmp_path / "moving.gif") as animation:
+        assert (animation.n_frames, animation.info["duration"]) == (3, 120)
+    show({"prediction": moving}, tmp_path / "fast", 300.0, gif=True)
+    with Image.open(tmp_path / "fast.gif") as animation:
+        assert animation.info["duration"] == 20
+
+
 def test_a_single_frame_is_shown_as_a_picture(tmp_path):
     still = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
     assert show({"prediction": still}, tmp_path / "a", 8.0) == [tmp_path / "a.png"]

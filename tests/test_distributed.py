@@ -5,13 +5,15 @@ import pickle
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests import edit_runs, runs
-from vireo import cache, distributed
+from vireo import cache, config, distributed
 from vireo.errors import UserError
 from vireo.strategies.replicated import Replicated
 from vireo.strategies.strategy import check_precision
@@ -21,7 +23,7 @@ import pickle, sys
 from pathlib import Path
 import torch
 from torch import nn
-from tests.test_training import losses, run
+from tests.test_training import Large, losses, run
 from tests.toys import Denoise
 from vireo import distributed, worker
 from vireo.console import set_up_logging
@@ -46,6 +48,10 @@ result["poisoned"] = [p.detach() for p in network.parameters()]
 result["skipped"] = progress.skipped
 
 rank = distributed.rank()
+large = Large(1 if rank == 1 else 2)
+result["out_of_memory"] = losses(run(batch_size=2, loss=large)[2])
+result["sizes"] = large.sizes
+
 result["vote"] = distributed.vote(1 << rank)
 result["gather"] = distributed.gather(f"rank {rank}")
 result["mean"] = distributed.average({"b": float(rank), "a": 1.0})
@@ -120,7 +126,7 @@ def test_two_ranks_equal_one_with_the_same_global_batch(ranks, one):
         torch.testing.assert_close(rank["losses"], one[0], rtol=2e-6, atol=0)
         for here, alone in zip(rank["weights"] + rank["average"], one[1] + one[2], strict=True):
             torch.testing.assert_close(here, alone.detach(), rtol=1e-5, atol=1e-7)
-    assert ranks[0]["progress"] == (6, 24, 0)
+    assert ranks[0]["progress"] == (6, 24, 0, None)
 
 
 def test_so_do_two_ranks_that_accumulate(ranks, one):
@@ -131,6 +137,11 @@ def test_the_ranks_are_bitwise_equal(ranks):
     for name in ("weights", "poisoned", "average"):
         assert all(torch.equal(a, b) for a, b in zip(ranks[0][name], ranks[1][name], strict=True))
     assert ranks[0]["losses"] == ranks[1]["losses"]
+
+
+def test_memory_that_runs_out_on_one_rank_makes_both_take_smaller_pieces(ranks, one):
+    assert ranks[0]["sizes"] == ranks[1]["sizes"] == [2, 2, 2, *[1] * 8]
+    torch.testing.assert_close(ranks[0]["out_of_memory"], one[0], rtol=2e-6, atol=0)
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_both(ranks):
@@ -180,3 +191,27 @@ def test_a_strategy_checks_what_it_trains():
             strategy.prepare(torch.nn.Linear(2, 2).half(), None)
     finally:
         distributed.close()
+
+
+def test_a_process_that_cannot_leave_its_group_after_a_fault_ends_all_the_same(tmp_path):
+    """As NCCL does it where other ranks never come to the collective that it is in."""
+
+    def arm():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.destroy_process_group = lambda: time.sleep(60)
+        distributed.PATIENCE = 0.5
+        config.load_resolved = lambda path: 1 / 0
+
+    folder = runs.make(tmp_path, [])
+    assert runs.work(folder, arm, timeout=30) == 1
+    assert "ZeroDivisionError" in (folder / "train.log").read_text()
+
+
+def test_nccl_is_aborted_after_a_fault_and_only_then(monkeypatch):
+    called = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_backend_config", lambda: "cpu:gloo,cuda:nccl")
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: called.append("destroyed"))
+    monkeypatch.setattr(distributed.distributed_c10d, "_abort_process_group", lambda: called.append("aborted"))
+    assert distributed.close() and distributed.close(after_fault=True)
+    assert called == ["destroyed", "aborted"]

@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from tests import runs
-from vireo import checkpoint, cli, launch
+from vireo import checkpoint, cli, launch, processes
 from vireo.mini import world
 
 ROOT = Path(__file__).parents[1]
@@ -118,6 +118,52 @@ def test_resume_none_starts_beside_and_an_explicit_checkpoint_must_be_there(vire
     assert runs.metrics(first.with_name(f"{first.name}-2")) == runs.metrics(first)
     code, said = vireo("train", *runs.TINY, "run=other", f"resume={tmp_path / 'nowhere'}")
     assert code == 2 and "nowhere" in said
+
+
+@pytest.fixture
+def queue(vireo, tmp_path, monkeypatch):
+    """queue(job, restarts, *words, kill=…): a command as a job of Slurm, killed in a step or undisturbed."""
+
+    def call(job, restarts, *words, kill=None):
+        monkeypatch.setenv("SLURM_JOB_ID", str(job))
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
+        sabotage = runs.die_at(kill) if kill else None
+        monkeypatch.setattr(launch, "start", lambda resolved, *_: abs(runs.work(resolved.parent, sabotage)))
+        return vireo("train", *runs.TINY, *words)
+
+    return call
+
+
+def test_a_job_that_is_queued_again_goes_on_in_the_folder_that_it_began_afresh(queue, tmp_path):
+    assert queue(1, 0)[0] == 0
+    first = only_run(tmp_path)
+    assert queue(2, 0, "resume=none", kill=7)[0] == signal.SIGKILL
+    assert queue(3, 0, "resume=none", "steps=8", kill=2)[0] == signal.SIGKILL  # of another job, beside
+    code, said = queue(2, 1, "resume=none")
+    second = first.with_name(f"{first.name}-2")
+    assert code == 0 and "step 6 of 8" in (second / "train.log").read_text(), said
+    assert runs.metrics(second) == runs.metrics(first)
+    assert sorted(path.name for path in first.parent.iterdir()) == [first.name, f"{first.name}-2", f"{first.name}-3"]
+    code, said = queue(2, 2, "resume=none")
+    assert code == 0 and f"{second.name} is finished" in said
+
+
+def test_a_job_that_is_queued_again_goes_on_from_its_own_newest_checkpoint(queue, tmp_path):
+    assert queue(1, 0, "run=first")[0] == 0
+    first, second = tmp_path / "taehv" / "first", tmp_path / "taehv" / "second"
+    words = ["run=second", f"resume={first}/checkpoints/step_00000004"]
+    code, said = queue(2, 0, *words, kill=7)
+    assert code == signal.SIGKILL and f"{second}/checkpoints/step_00000004: step 4 of 8" in said, said
+    code, said = queue(2, 1, *words)
+    assert code == 0 and "step 6 of 8" in said, said
+    assert runs.metrics(second) == [row for row in runs.metrics(first) if row["step"] > 4]
+    # A checkpoint of the run itself, which it deletes later on: the words still stand in the job's command.
+    words = ["run=second", f"resume={second}/checkpoints/step_00000004", "checkpoint.keep_last=1", "steps=9"]
+    words.append("checkpoint.keep_best=false")
+    assert queue(3, 0, *words, kill=8)[0] == signal.SIGKILL
+    assert checkpoint.steps(second) == [6]
+    code, said = queue(3, 1, *words)
+    assert code == 0 and "step 6 of 9" in said, said
 
 
 def test_init_from_takes_weights_only(vireo, tmp_path):
@@ -241,6 +287,56 @@ def test_a_signal_to_the_whole_process_group_saves_and_says_resumable(tmp_path, 
     found = checkpoint.latest(folder)
     assert found is not None and found.step == runs.metrics(folder)[-1]["step"] >= 3
     assert "the same command goes on from here" in (folder / "train.log").read_text()
+
+
+DIES = """
+import sys
+from pathlib import Path
+from tests.sabotage import die_at
+from vireo import faults, worker
+from vireo.console import set_up_logging
+step, parent, resolved = sys.argv[1:]
+faults.die_with_parent(int(parent))
+set_up_logging(Path(resolved).parent / "train.log")
+if step != "None":
+    die_at(int(step))()
+sys.exit(worker.main(Path(resolved)))
+"""
+
+
+@pytest.fixture
+def deadly(monkeypatch):
+    """deadly(steps): the last rank of the first start is killed in the first of these steps, of the second in …"""
+
+    def arm(*steps):
+        left, start = list(steps), subprocess.Popen
+
+        def popen(command, env=None, **options):
+            if "vireo.start_worker" not in command:
+                return start(command, env=env, **options)
+            last = int(env.get("RANK", "0")) == int(env.get("WORLD_SIZE", "1")) - 1
+            step = left.pop(0) if last and left else None
+            return start([*command[:2], "-c", DIES, str(step), *command[-2:]], env=env, **options)
+
+        monkeypatch.setattr(processes.subprocess, "Popen", popen)
+
+    return arm
+
+
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.full)])
+def test_workers_that_are_killed_start_again_from_the_newest_checkpoint(tmp_path, deadly, count):
+    world.ensure()
+    words = [*runs.TINY, "batch_size=1", f"launcher.processes={count}", f"paths.outputs={tmp_path}"]
+    deadly(3, 7)
+    done = launch.train(*words, "run=killed", "launcher.restarts=2")
+    log = (done.folder / "train.log").read_text()
+    assert done.exit_code == 0 and "step 3 of 8" in log and "step 6 of 8" in log, log
+    calm = launch.train(*words, "run=calm")
+    assert runs.metrics(done.folder) == runs.metrics(calm.folder)
+    if count == 2:  # killed once more than it may start again
+        deadly(1, 3, 7)
+        lost = launch.train(*words, "run=lost", "launcher.restarts=2")
+        assert lost.exit_code == 137 and checkpoint.latest(lost.folder).step == 6
 
 
 def test_a_fault_starts_the_workers_again_but_a_mistake_does_not(tmp_path, monkeypatch):

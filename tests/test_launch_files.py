@@ -1,14 +1,19 @@
 """The files for people who launch by hand are printed from conf/strategy: `python -m tests.test_launch_files`."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tests import runs
+from tests.strategies.ops import skip_without_ops
+from tests.test_ranks import ROOT, environment
 from vireo import config
 
-LAUNCH = Path(__file__).parents[1] / "launch"
+LAUNCH = ROOT / "launch"
+WORDS = [*runs.TINY, "batch_size=1", "steps=3", "checkpoint.every=null", "validation.every=null"]
 OPTIONS = sorted(path.stem for path in (config.conf_dir() / "strategy").glob("*.yaml"))
 
 
@@ -79,6 +84,38 @@ def test_a_run_s_numbers_are_in_deepspeed_s_config(name):
     assert made["train_micro_batch_size_per_gpu"] == 3 and made["gradient_accumulation_steps"] == 4
     assert made["gradient_clipping"] == 0.5 and made["torch_autocast"] == "bf16"
     assert made["zero_optimization"]["stage"] == int(name[4])
+
+
+def check_started(command: list, tmp_path: Path) -> None:
+    """Two processes that train as vireo's own do."""
+    further = {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": "2"}  # how many processes DeepSpeed takes a CPU for
+    ran = subprocess.run(
+        [*map(str, command), *WORDS], env=environment(tmp_path, **further), cwd=ROOT, capture_output=True, text=True,
+        timeout=300,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    (folder,) = (path.parent for path in tmp_path.rglob("resolved.yaml"))
+    assert (folder / "logs" / "rank_1.log").exists()
+    alone = runs.train(tmp_path / "alone", "batch_size=2", *WORDS[-3:])
+    assert [row["loss"] for row in runs.metrics(folder) if "loss" in row] == pytest.approx(
+        [row["loss"] for row in runs.metrics(alone) if "loss" in row], rel=1e-4
+    )
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name.startswith(("zero", "fsdp"))])
+def test_accelerate_starts_two_processes_with_them(name, tmp_path):
+    if name.startswith("zero"):
+        skip_without_ops()
+    file = LAUNCH / "accelerate" / f"{name}.yaml"
+    command = ["accelerate", "launch", "--config_file", file, "--num_processes", "2", "train.py", f"strategy={name}"]
+    check_started(command, tmp_path)
+
+
+@pytest.mark.full
+def test_deepspeed_starts_two_processes(tmp_path):
+    skip_without_ops()
+    check_started([LAUNCH / "deepspeed.sh", "strategy=zero2"], tmp_path)
 
 
 if __name__ == "__main__":

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 
@@ -63,3 +65,28 @@ def test_videos_are_measured_on_8_bit_pixels():
     assert metrics.measure_video(target + 0.4 / 255, target)["mse"] == 0
     assert metrics.measure_video(target + 0.6 / 255, target)["mse"] == pytest.approx((1 / 255) ** 2)
     assert metrics.measure_video(target + 5, target)["mse"] == pytest.approx((155 / 255) ** 2)
+
+
+def test_box_ssim_is_that_of_every_window():
+    """Against the definition, window by window: even weights, sample covariances, each colour by itself."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.rand(1, 2, 3, 9, 11, generator=generator).double() for _ in range(2))
+    found = metrics.box_ssim(x, y, side=5)
+    assert found.shape == (1, 2)
+    expected = []
+    for colour, row, column in itertools.product(range(3), range(5), range(7)):
+        a, b = (v[0, 1, colour, row : row + 5, column : column + 5].flatten() for v in (x, y))
+        covariance = torch.cov(torch.stack([a, b]))
+        means = 2 * a.mean() * b.mean() + 1e-4, a.mean() ** 2 + b.mean() ** 2 + 1e-4
+        spread = 2 * covariance[0, 1] + 9e-4, covariance[0, 0] + covariance[1, 1] + 9e-4
+        expected.append(means[0] * spread[0] / (means[1] * spread[1]))
+    assert float(found[0, 1]) == pytest.approx(float(torch.stack(expected).mean()), abs=1e-9)
+    assert float(metrics.box_ssim(x, x)[0, 0]) == pytest.approx(1.0), "the window shrinks to the frame"
+
+
+def test_mean_where_counts_all_colours_of_a_region():
+    values = torch.arange(24.0).view(1, 2, 3, 2, 2)
+    region = torch.zeros(1, 2, 1, 2, 2, dtype=torch.bool)
+    assert float(metrics.mean_where(region, values)) == 0, "an empty region has no error"
+    region[0, 1, 0, 0, 1] = True
+    assert float(metrics.mean_where(region, values)) == pytest.approx((13 + 17 + 21) / 3)

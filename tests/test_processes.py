@@ -1,14 +1,17 @@
 """Which worker failed first, what becomes of the others, and where signals go. The workers are small programs."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
+from tests import runs
 from vireo import processes
 
 
@@ -20,8 +23,8 @@ def run(tmp_path, monkeypatch):
 
     def call(*programs, **further):
         def start(resolved, rank, variables, held):
-            code = "import os, signal, sys, time, pathlib\nfrom vireo.processes import note_failure\n"
-            code += f"def note(): note_failure(pathlib.Path({str(resolved)!r}), {rank})\n{programs[rank]}"
+            code = "import os, signal, sys, time\nfrom vireo.processes import note_failure\n"
+            code += f"def note(): note_failure({rank})\n{programs[rank % len(programs)]}"
             with open(processes.log_file(tmp_path, rank), "a") as log:
                 environment = {**os.environ, **variables, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
                 return subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=log, stderr=log)
@@ -51,11 +54,63 @@ def test_a_rank_that_hangs_after_anothers_failure_is_killed_and_not_blamed(run):
     assert time.monotonic() - began < 20
 
 
+def test_a_failure_on_another_machine_is_told_on_the_first(run, capfd):
+    caught = "import traceback\ntry: 1 / 0\nexcept ZeroDivisionError: traceback.print_exc(); note(); sys.exit(3)"
+    killed = "time.sleep(.2); os.kill(os.getpid(), signal.SIGKILL)"
+    hangs, notices = "time.sleep(60)", "time.sleep(.5); note(); sys.exit(1)"
+    fork, began = multiprocessing.get_context("fork"), time.monotonic()
+    for port, first, second, code in ((1, hangs, caught, 3), (2, hangs, killed, 137), (3, notices, killed, 137)):
+        shares = [processes.Share(node, 2, "127.0.0.1", port) for node in range(2)]
+        other = fork.Process(target=run, args=(second,), kwargs={"share": shares[1]})
+        other.start()
+        assert run(first, share=shares[0]) == code
+        other.join()
+        said = capfd.readouterr().err
+        assert "rank 1 failed first" in said and ("ZeroDivisionError: division by zero" in said or code == 137)
+    assert time.monotonic() - began < 40
+
+
 def test_all_well(run, capfd):
     assert run("", "assert os.environ['RANK'] == '1' and os.environ['WORLD_SIZE'] == '2'") == 0
     assert run("sys.exit(75)", "") == 75
     assert run("sys.exit('RANK' in os.environ)") == 0
     assert capfd.readouterr().err == ""
+
+
+START = """
+import os, sys, time
+from pathlib import Path
+from vireo import processes
+worker = processes._start(Path(sys.argv[1]), 0, {}, None)
+print(worker.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_worker_whose_parent_is_killed_at_once_ends_too(tmp_path):
+    """It dies while it imports, or else would train on for hours."""
+    resolved = runs.make(tmp_path, ["steps=100000"]) / "resolved.yaml"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    parent = subprocess.Popen([sys.executable, "-c", START, resolved], env=environment, stdout=subprocess.PIPE)
+    number = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    began = time.monotonic()
+    while Path(f"/proc/{number}").exists() and "Z" not in Path(f"/proc/{number}/stat").read_text().split()[2]:
+        if time.monotonic() - began > 30:
+            os.kill(number, signal.SIGKILL)
+            pytest.fail("the worker lives")
+        time.sleep(0.1)
+    assert not (resolved.parent / "train.log").exists()  # it had not begun
+
+
+def test_a_worker_whose_parent_was_gone_before_it_could_look_ends(tmp_path):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    command = [sys.executable, "-m", "vireo.start_worker", str(gone.pid), tmp_path / "resolved.yaml"]
+    assert subprocess.run(command, env=environment, timeout=60).returncode == -signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []
 
 
 def later(seconds, number):

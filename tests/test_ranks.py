@@ -60,7 +60,9 @@ def test_torchrun_on_two_machines(tmp_path, own):
     nodes = [
         subprocess.Popen(
             [ROOT / "launch" / "torchrun.sh", *WORDS],
-            env=environment(tmp_path, NODES="2", NODE=str(node), PROCESSES="1", MASTER=master),
+            env=environment(
+                tmp_path, NODES="2", NODE=str(node), PROCESSES="1", MASTER=master, VIDEO_TRAIN_PROCESSES="5"
+            ),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -27,13 +27,28 @@ def submit(outputs: Path, *words: str) -> subprocess.Popen:
     )
 
 
+def task_of_last_job(outputs: Path, jobs: int) -> int:
+    """The process of the last of so many jobs, once all have begun; submitit names a local job by its controller's."""
+    began = time.monotonic()
+    while True:
+        controllers = [path.stem.split("_")[0] for path in outputs.glob("sweeps/*/.submitit/*/*_submitted.pkl")]
+        last = max(map(int, controllers), default=0)
+        tasks = subprocess.run(["ps", "--ppid", str(last), "-o", "pid="], capture_output=True, text=True).stdout.split()
+        if len(controllers) == jobs and tasks:
+            return int(tasks[0])
+        assert time.monotonic() - began < 60
+        time.sleep(0.05)
+
+
 def test_a_sweep(tmp_path):
-    parent = submit(tmp_path, "-m", "launcher=submitit_local", "steps=2", "data.held_out=0.1,no_such_list.txt")
+    parent = submit(tmp_path, "-m", "launcher=submitit_local", "steps=2", "data.held_out=0.1,no_such_list.txt,0.2")
+    os.kill(task_of_last_job(tmp_path, 3), signal.SIGKILL)
     said, _ = parent.communicate(timeout=120)
     assert parent.returncode == 2, said  # of the worst job
     (table,) = tmp_path.glob("sweeps/*/sweep.csv")
     rows = list(csv.DictReader(table.open()))
-    assert [row["state"] for row in rows] == ["finished", "mistake"]
+    assert [row["state"] for row in rows] == ["finished", "mistake", "failed (1)"]
+    assert "job 2 (data.held_out=0.2) failed (1): it was cancelled, or its machine is gone; what it printed: " in said
     assert str(table.parent / ".submitit") in said
     fresh = runs.train(tmp_path / "fresh", "steps=2", "batch_size=1")
     assert runs.metrics(Path(rows[0]["run"])) == runs.metrics(fresh)

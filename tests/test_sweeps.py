@@ -74,6 +74,15 @@ def test_a_job_that_was_mended_by_hand_is_finished(sweep, tmp_path):
     assert (row["state"], row["best"]) == ("finished", 24.0) and "job 1 (lr=2) stopped" not in sweeps.show(sweep)
 
 
+def test_one_job_needs_no_words(tmp_path):
+    run = make_run(tmp_path / "toy" / "a", [20.0])
+    words = ["seed=0", "lr=1", "experiment=taehv"]
+    sweeps.note(tmp_path / "0", overrides=words, run=str(run), exit_code=0, best=20.0, metric="psnr")
+    assert "best    job 0: 20\n" in sweeps.show(tmp_path) and "lr=1" not in sweeps.show(tmp_path)
+    sweeps.note(tmp_path / "1", overrides=["seed=0", "lr=2", "experiment=taehv"], exit_code=1)
+    assert "best    job 0 (lr=1): 20\n" in sweeps.show(tmp_path)
+
+
 def test_lower_can_be_better(sweep):
     for number in (0, 1):
         sweeps.note(sweep / str(number), higher_is_better=False)

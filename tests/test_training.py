@@ -1,4 +1,6 @@
 import itertools
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from vireo import distributed, faults, optimizers
 from vireo.data.stream import Slices, Stream, loader
 from vireo.ema import ExponentialMovingAverage
 from vireo.freezing import FreezePolicy
+from vireo.hangs import Watchdog
 from vireo.models.encoders import NoEncoder
 from vireo.randomness import seed_default
 from vireo.schedules import Constant, Cosine
@@ -33,6 +36,8 @@ def run(
     boundary=None,
     stop=None,
     log_every=1,
+    max_loss_rise=None,
+    record=lambda incident: None,
 ):
     """Train the toy recipe; returns (network, average, reported figures, progress)."""
     strategy = Replicated(precision="fp32")
@@ -60,9 +65,12 @@ def run(
         max_grad_norm=1.0,
         log_every=log_every,
         max_consecutive_skips=skips,
+        max_loss_rise=max_loss_rise,
         max_bad_files=1,
         stop=faults.StopRequest() if stop is None else stop,
+        watchdog=Watchdog(Path(os.devnull), timeout=3600),
         report=lambda step, values: figures.__setitem__(step, dict(values)),
+        record=record,
         at_boundary=boundary or (lambda progress, last: None),
     )
     return network, average, figures, progress
@@ -156,3 +164,74 @@ def test_a_skip_is_known_at_the_boundary_of_its_own_step():
         boundary=lambda progress, last: skipped.update({progress.step: progress.skipped}),
     )
     assert skipped == {1: 0, 2: 0, 3: 1, 4: 1, 5: 1, 6: 1}
+
+
+class Large(Denoise):
+    """Runs out of memory with more than `fits` samples at once, from `step` on."""
+
+    def __init__(self, fits, step=2):
+        super().__init__()
+        self.fits, self.step, self.sizes = fits, step, []
+
+    def __call__(self, network, batch, draws):
+        size = len(batch["position"])
+        self.sizes.append(size)
+        if draws.step >= self.step and size > self.fits:
+            network(torch.zeros(1, 2, 3, 8, 8))  # part of a forward pass, whose graph is thrown away
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().__call__(network, batch, draws)
+
+
+@pytest.mark.parametrize(("fits", "sizes"), [(3, [5, 5, 5, 3, 2, 3, 2]), (1, [5, 5, 5, 3, 2, 1, 1, 1, 1, 1, 1])])
+def test_out_of_memory_is_tried_again_in_smaller_pieces_with_the_same_gradient(fits, sizes):
+    whole, _, expected, _ = run(batch_size=5)
+    loss = Large(fits)
+    pieces, _, figures, progress = run(batch_size=5, loss=loss)
+    assert loss.sizes[: len(sizes)] == sizes and max(loss.sizes[-3:]) == fits
+    assert progress.skipped == 0 and figures[6]["memory_retries"] > 0 == expected[6]["memory_retries"]
+    torch.testing.assert_close(losses(figures), losses(expected), rtol=1e-6, atol=0)
+    for a, b in zip(whole.parameters(), pieces.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_pieces_and_accumulation():
+    _, _, expected, _ = run(batch_size=3, accumulation=2)
+    torch.testing.assert_close(
+        losses(run(batch_size=3, accumulation=2, loss=Large(2, step=0))[2]), losses(expected), rtol=1e-6, atol=0
+    )
+
+
+def test_one_sample_that_does_not_fit_ends_the_run_with_what_helps():
+    with pytest.raises(faults.TooManyFaults, match="step 2: out of memory with a single sample.*gradient_checkpoint"):
+        run(loss=Large(0))
+
+
+class Spiky(Denoise):
+    """A loss that is a hundred times too large at one step."""
+
+    def __init__(self, at):
+        super().__init__()
+        self.at = at
+
+    def __call__(self, network, batch, draws):
+        objective = super().__call__(network, batch, draws)
+        return objective._replace(total=objective.total * (100 if draws.step == self.at else 1))
+
+
+@pytest.mark.parametrize(("limit", "skipped"), [(10, 1), (1000, 0), (None, 0)])
+def test_a_loss_spike_is_turned_away_where_a_limit_is_set(limit, skipped):
+    incidents = []
+    _, _, figures, progress = run(steps=26, loss=Spiky(at=23), max_loss_rise=limit, record=incidents.append)
+    assert progress.skipped == skipped and [incident.step for incident in incidents] == [23] * skipped
+    assert (progress.usual_loss is None) == (limit is None)
+    if limit == 10:
+        assert progress.usual_loss == pytest.approx(sum(losses(figures)[:20]) / 20, rel=0.2)
+
+
+def test_a_step_that_is_turned_away_is_recorded_with_its_samples_and_terms():
+    incidents = []
+    run(loss=Denoise(poison_at=2), record=incidents.append, log_every=100)
+    (incident,) = incidents
+    assert incident.step == 2 and [position for position, _ in incident.samples] == [4, 5]
+    assert all(name.startswith("clip") for _, name in incident.samples)
+    assert incident.suspects() == ["loss", "mse"] and "loss, mse of rank 0" in incident.diagnosis()

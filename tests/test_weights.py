@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from vireo.checkpoint import Checkpoint
 from vireo.errors import UserError
-from vireo.weights import load_trained, trained_names, trained_state
+from vireo.weights import check_frozen, frozen_digest, load_trained, trained_names, trained_state
 
 
 class Net(nn.Module):
@@ -31,6 +32,21 @@ def test_round_trip_leaves_frozen_parts_alone():
         two.learns.running_mean, one.learns.running_mean
     )
     assert not torch.equal(two.frozen.weight, one.frozen.weight)
+
+
+def test_frozen_weights_are_known_by_name_and_value():
+    one, two = Net(), Net()
+    assert frozen_digest(one) == frozen_digest(two)
+    with torch.no_grad():
+        two.learns.weight += 1
+    assert frozen_digest(one) == frozen_digest(two)
+    with torch.no_grad():
+        two.frozen.bias += 1
+    assert frozen_digest(one) != frozen_digest(two)
+    found = Checkpoint(Path("step_5"), 5, {"frozen": frozen_digest(one)})
+    check_frozen(found, frozen_digest(one))
+    with pytest.raises(UserError, match="step_5 was trained beside other frozen weights"):
+        check_frozen(found, frozen_digest(two))
 
 
 def test_differences_are_named_with_both_shapes():

@@ -119,9 +119,12 @@ def folder_of(run_folder: Path, step: int) -> Path:
     return run_folder / "checkpoints" / f"step_{step:08d}"
 
 
-def latest(run_folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that verifies; damaged ones are reported by name and passed over. None: a fresh start."""
-    for step in reversed(steps(run_folder)):
+def latest(run_folder: Path, before: int | None = None) -> Checkpoint | None:
+    """The newest checkpoint that verifies; damaged ones are reported by name and passed over. None: a fresh start.
+
+    before: only those whose next step is this one or an earlier one.
+    """
+    for step in reversed([step for step in steps(run_folder) if before is None or step <= before]):
         try:
             return verify(folder_of(run_folder, step))
         except UserError as error:
@@ -129,13 +132,35 @@ def latest(run_folder: Path) -> Checkpoint | None:
     return None
 
 
-def find(run_folder: Path, resume: str) -> Checkpoint | None:
-    """What `resume` names: "auto" the newest good one, "none" nothing, else a checkpoint folder, which must be good."""
-    if resume == "none":
-        return None
-    if resume == "auto":
-        return latest(run_folder)
-    return verify(Path(resume))
+def adopt(run_folder: Path, source: Path) -> None:
+    """Make a checkpoint, of this run or of another one, the one that this run goes on from: its newest.
+
+    Later ones of this run are set aside as `step_<n>.aside`. Files are linked where the file system can. The caller
+    holds the run's lock. Raises UserError if `source` is not a good checkpoint; nothing has changed then.
+    """
+    found, root = verify(source), run_folder / "checkpoints"
+    final = folder_of(run_folder, found.step)
+    own = final.exists() and final.samefile(source)
+    temporary = root / f".{final.name}.tmp-{os.getpid()}"
+    if not own:
+        shutil.copytree(source, temporary, copy_function=_link)
+    for step in steps(run_folder):
+        if step > found.step or (step == found.step and not own):
+            there = folder_of(run_folder, step)
+            aside = there.with_suffix(".aside")
+            shutil.rmtree(aside, ignore_errors=True)
+            there.rename(aside)
+            log.warning("%s is set aside as %s, since the run goes on from step %d", there, aside.name, found.step)
+    if not own:
+        temporary.rename(final)
+    _flush(root)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without hard links
+        shutil.copy2(source, target)
 
 
 def retain(run_folder: Path, keep_last: int, keep_every: int | None, best: int | None) -> list[int]:

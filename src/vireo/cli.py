@@ -14,6 +14,8 @@ VERBS = {
     "sample": "show what a trained network makes of held-out clips",
     "evaluate": "measure a trained network, or foreign weights, beside naive baselines",
     "export": "write what the ecosystem reads, from any checkpoint",
+    "replay": "make a step that was turned away again, one sample at a time",
+    "drill": "kill, starve and confuse a composition on purpose, and see whether it survives",
     "runs": "list the runs below outputs",
     "report": "a sweep's table and curves, or a run's, as they are now",
 }

@@ -26,17 +26,23 @@ def with_error(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return shown
 
 
-def show(columns: Mapping[str, Tensor], path: Path, fps: float | None) -> list[Path]:
+def show(columns: Mapping[str, Tensor], path: Path, fps: float | None, gif: bool = False) -> list[Path]:
     """Write one clip's columns and the prediction's error: side by side `path`.mp4, a grid of frames `path`.png.
 
     Where the prediction is a single frame, nothing moves: then `path`.png alone shows everything in one row.
-    fps: frames a second; None or 0, which files say that know no better: FPS. Returns what was written.
+    fps: frames a second; None or 0, which files say that know no better: FPS. gif: also `path`.gif, which plays for
+    ever. Returns what was written.
     """
     shown = with_error(columns)
     picture, video = path.with_name(f"{path.name}.png"), path.with_name(f"{path.name}.mp4")
     if len(columns["prediction"]) == 1:
         video_io.write_row(picture, shown)
         return [picture]
-    video_io.write_video(video, video_io.side_by_side(shown), fps or FPS)
+    frames = video_io.side_by_side(shown)
+    video_io.write_video(video, frames, fps or FPS)
     video_io.write_grid(picture, shown)
-    return [video, picture]
+    if not gif:
+        return [video, picture]
+    animation = path.with_name(f"{path.name}.gif")
+    video_io.write_gif(animation, frames, fps or FPS)
+    return [video, picture, animation]

@@ -1,6 +1,7 @@
 """Processes: what they agree on and what they add up. How one model is spread over them: `vireo.strategies`."""
 
 import os
+import threading
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -8,6 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
+
+PATIENCE = 20.0  # seconds that leaving a process group may take after a fault
 
 _side_group: dist.ProcessGroup | None = None
 
@@ -133,10 +137,13 @@ def open_side_group(timeout: float) -> None:
         _side_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
 
 
-def close() -> None:
+def close(after_fault: bool = False) -> bool:
     """Leave the process group; a second run in the same process could not start otherwise.
 
     DeepSpeed remembers the group it was started in and cannot be given another one: with it, one run a process.
+
+    after_fault: other ranks may never end the collective that NCCL is in, so its work is aborted, and waited for no
+    longer than PATIENCE. Returns False if it goes on even then: only os._exit ends such a process.
     """
     from accelerate.state import AcceleratorState
 
@@ -144,5 +151,21 @@ def close() -> None:
     _side_group = None
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # set by accelerate for the run that is over
     if dist.is_initialized():
-        dist.destroy_process_group()
+        if after_fault:
+            leaving = threading.Thread(target=_abort, daemon=True)
+            leaving.start()
+            leaving.join(PATIENCE)
+            if leaving.is_alive():
+                return False
+        else:
+            dist.destroy_process_group()
     AcceleratorState._reset_state(reset_partial_state=True)
+    return True
+
+
+def _abort() -> None:
+    abort = getattr(distributed_c10d, "_abort_process_group", None)
+    if abort is not None and "nccl" in dist.get_backend_config():
+        abort()
+    else:
+        dist.destroy_process_group()  # which does not wait for others, with gloo

@@ -1,20 +1,28 @@
 """What can go wrong during a run, decided by all ranks together."""
 
+from __future__ import annotations
+
 import ctypes
 import logging
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the launcher's parent knows exit codes and signals, and must start without torch
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
 # Flags of the vote that every rank casts once a micro-step, before the backward pass.
 STOP = 1  # a signal asked to save and stop at the next step boundary
 BAD_DATA = 2  # the rank cannot go on with its data
+OUT_OF_MEMORY = 4  # its forward pass did not fit
 
 EXIT_FINISHED = 0
 EXIT_FAULT = 1
@@ -61,10 +69,15 @@ def stop_on_signals() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-def die_with_parent() -> None:
-    """Ask Linux for a SIGTERM when the parent is killed, so that no orphan goes on writing into the run's folder."""
+def die_with_parent(parent: int) -> None:
+    """Ask Linux for a SIGTERM when the parent is killed, so that no orphan goes on writing into the run's folder.
+
+    parent: its process number; if it was killed before Linux could be asked, the SIGTERM comes at once.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Stopped(Exception):
@@ -75,29 +88,96 @@ class TooManyFaults(RuntimeError):
     """A fault came so often that going on would waste the machine; the message says which, where and since when."""
 
 
-class NonFiniteSteps:
-    """Counts steps whose gradient was not finite; they were turned away on the device already."""
+class Room:
+    """How many samples fit into memory at once. Once it has run out, micro-batches are cut into smaller pieces.
 
-    def __init__(self, limit: int, total: int = 0) -> None:
-        self.limit = limit
-        self.total = total
-        self.consecutive = 0
+    Every rank cuts in the same way, since all have learnt of it by the same vote. The gradient is the same sum, added
+    up in another order. (A loss's own learner, as Seraena's, sees the pieces as batches of their own.)
+    """
 
-    def see(self, step: int, finite: bool, names: list[str]) -> None:
-        """Note one step. Raises TooManyFaults when `limit` steps in a row were not finite."""
-        if finite:
-            self.consecutive = 0
-            return
-        self.total += 1
-        self.consecutive += 1
-        log.error("step %d: the gradient is not finite, no update was made (samples: %s)", step, ", ".join(names[:8]))
-        if self.consecutive >= self.limit:
-            raise TooManyFaults(
-                f"{self.consecutive} steps in a row had a gradient that is not finite, from step "
-                f"{step - self.consecutive + 1} to {step}. The last checkpoint is from before. Look at the loss's "
-                "terms in metrics.jsonl; a lower lr, precision=fp32, model.encoder.dtype=fp32 where that overflows, or "
-                "other data are the usual cures (faults.max_consecutive_skips sets the limit)"
-            )
+    def __init__(self) -> None:
+        self.rows: int | None = None
+        self.retries = 0
+
+    def pieces(self, batch: Mapping[str, Any]) -> deque[dict[str, Any]]:
+        """The micro-batch in pieces of as many samples as are known to fit; normally itself."""
+        size = len(batch["position"])
+        rows = self.rows or size
+        return deque(_rows(batch, start, min(start + rows, size)) for start in range(0, size, rows))
+
+    def smaller(self, step: int, pieces: Iterable[Mapping[str, Any]]) -> deque[dict[str, Any]]:
+        """Pieces, of which the first did not fit, cut to half its size. Raises TooManyFaults if it is one sample."""
+        first, *others = pieces
+        size = len(first["position"])
+        if size == 1:
+            raise TooManyFaults(f"step {step}: out of memory with a single sample. {LEVERS}")
+        self.rows = -(-size // 2)
+        log.warning("step %d: out of memory with %d samples at once; from now on %d at a time", step, size, self.rows)
+        if not self.retries:
+            log.warning("the gradient stays the same, but each step takes longer. %s", LEVERS)
+        self.retries += 1
+        return deque(part for piece in (first, *others) for part in self.pieces(piece))
+
+
+LEVERS = (
+    "What takes less memory, cheapest first: a smaller batch_size with more gradient_accumulation, precision=bf16, "
+    "model.network.gradient_checkpointing=true, optimizer=adamw_8bit, ema.decay=0, strategy=fsdp or zero2 on several "
+    "GPUs, strategy=fsdp_offload or zero2_offload, fewer frames or pixels."
+)
+
+
+def _rows(batch: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
+    """Some samples of a batch, which has a row for each in every value."""
+    if start == 0 and stop == len(batch["position"]):
+        return dict(batch)
+    return {key: value[start:stop] for key, value in batch.items() if key != "bad"}
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory of the GPU, or of the machine, ran out."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
+def give_memory_back() -> None:
+    """What torch's allocator keeps for later goes back to the GPU, so that smaller pieces find room."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+class LossSpikes:
+    """Turns steps away whose loss rises above `limit` times its running mean; a `limit` of None never looks.
+
+    What is compared is the mean over ranks, which every rank then knows, at the price of waiting for it.
+    usual: the running mean, over about 50 micro-batches; None until 20 of them were seen.
+    """
+
+    BEFORE, WEIGHT = 20, 0.02
+
+    def __init__(self, limit: float | None, usual: float | None = None) -> None:
+        self.limit, self.usual = limit, usual
+        self._first: list[float] = []
+
+    def guarded(self, loss: Tensor) -> Tensor:
+        """The loss itself, or one that makes the gradient non-finite, which no strategy lets through."""
+        if self.limit is None:
+            return loss
+        from vireo import distributed
+
+        value = distributed.average({"loss": float(loss.detach())})["loss"]
+        if self.usual is None:
+            self._first.append(value)
+            if len(self._first) == self.BEFORE:
+                self.usual = sum(self._first) / self.BEFORE
+        elif value > self.limit * self.usual:
+            log.error("the loss is %.4g, its running mean %.4g: no update (faults.max_loss_rise)", value, self.usual)
+            return loss * float("nan")
+        elif value == value:  # what is not finite is another guard's business
+            self.usual += self.WEIGHT * (value - self.usual)
+        return loss
 
 
 class SaveFailures:

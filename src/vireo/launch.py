@@ -4,10 +4,12 @@ It never imports torch. The config is composed and resolved once, here; workers 
 Where somebody else has started the processes (torchrun, srun, …), rank 0 is the parent and a worker at once.
 """
 
+import json
 import math
 import os
 import sys
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +19,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from vireo import checkpoint, config, devices, faults, processes, ranks, run_folder, submitted, sweeps
+from vireo import chains, checkpoint, config, devices, faults, processes, ranks, run_folder, submitted, sweeps
 from vireo.errors import UserError
 from vireo.side_by_side import Pending, SideBySide
 
@@ -41,6 +43,7 @@ class SweepFolder(Callback):
         SweepFolder.last = Path(config.hydra.sweep.dir)
         if config.launcher.where != "local":
             print(f"what the jobs print is in {SweepFolder.last / '.submitit'}", flush=True)
+            submitted.wait_for_every_job(SweepFolder.last, config.validation.higher_is_better)
 
 
 def main(words: Sequence[str]) -> int:
@@ -51,12 +54,13 @@ def main(words: Sequence[str]) -> int:
     world = ranks.started()
     if world is None:
         return compose_and_run(words)
+    faults.die_with_parent(os.getppid())
     if world.rank > 0:
         return ranks.follow()
     code = faults.EXIT_MISTAKE
     try:
         ranks.refuse_sweeps(world, words)
-        os.environ.setdefault("VIDEO_TRAIN_PROCESSES", str(world.size))
+        os.environ["VIDEO_TRAIN_PROCESSES"] = str(world.size)  # whatever is the default of this machine
         code = compose_and_run(words)
     finally:
         ranks.dismiss(world, code)
@@ -92,7 +96,7 @@ def compose_and_run(words: Sequence[str]) -> int:
     except Exception as error:
         if not type(error).__module__.startswith("submitit."):
             raise
-        print(f"{error}\na job left no result; others may go on", file=sys.stderr)  # cancelled, or its machine is gone
+        print(error, file=sys.stderr)  # sbatch has refused
         codes.append(faults.EXIT_FAULT)
     finally:
         jobs.close()
@@ -111,7 +115,7 @@ def train(*overrides: str) -> Job:
     settings = config.settings(overrides)
     if settings["launcher"]["where"] != "local":
         raise UserError(f"launcher={settings['launcher']['where']} is for the command line: python train.py …")
-    return run(settings, overrides)
+    return _run_or_chain(settings, overrides)
 
 
 def job(composed: DictConfig, words: Sequence[str] = ()) -> Job:
@@ -129,7 +133,7 @@ def job(composed: DictConfig, words: Sequence[str] = ()) -> Job:
         if folder is not None:
             judged = {key: settings["validation"][key] for key in ("metric", "higher_is_better")}
             sweeps.note(folder, run=str(config.run_folder(settings)), **judged)
-        done = run(settings, overrides)
+        done = _run_or_chain(settings, overrides, swept)
     except UserError as mistake:
         print(mistake, file=sys.stderr)
         done = Job(overrides, None, faults.EXIT_MISTAKE, message=str(mistake))
@@ -139,21 +143,32 @@ def job(composed: DictConfig, words: Sequence[str] = ()) -> Job:
     return done
 
 
-def run(settings: dict[str, Any], overrides: Sequence[str]) -> Job:
-    """Train one resolved config in its own folder, from its newest checkpoint.
+def _run_or_chain(settings: dict[str, Any], overrides: Sequence[str], swept: Sequence[str] = ()) -> Job:
+    if not settings["chain"]:
+        return run(settings, overrides)
+    last: Job = chains.run(settings, overrides, swept, run)
+    return last._replace(overrides=list(overrides))
 
-    A finished run says so and does nothing. Raises UserError for a folder that cannot be used.
+
+def run(settings: dict[str, Any], overrides: Sequence[str]) -> Job:
+    """Train one resolved config in its own folder, from its newest checkpoint or the one that `resume` names.
+
+    Whoever starts it again (vireo, Slurm, torchrun) goes on from the newest one, whatever `resume` said at first. A
+    finished run says so and does nothing. Raises UserError for a folder or a checkpoint that cannot be used.
     """
     others = ranks.started()
     if others is not None:
         ranks.check_size(others, settings["launcher"]["processes"])
         if settings["preempt_at"]:
             raise UserError(f"preempt_at starts processes anew, and {others.starter} owns them: use python train.py …")
-    folder = _make_folder(settings)
-    if settings["resume"] == "none":
-        settings = {**settings, "resume": "auto"}  # the folder is a new one, and restarts go on in it
+    folder, again = _choose_folder(settings)
+    named = None if again or settings["resume"] in ("auto", "none") else Path(settings["resume"])
+    if named and not named.is_dir():
+        raise UserError(f"resume is '{named}'; expected auto, none, or the folder of a checkpoint (there is none)")
+    _make(folder)
+    settings = {**settings, "resume": "auto"}  # what restarts and workers see
     _refuse_other_config(folder, settings)
-    done = run_folder.finished(folder) if settings["resume"] == "auto" else None
+    done = None if named else run_folder.finished(folder)
     if done and not _longer(settings, done):
         print(
             f"{folder} is finished (step {done['step']}). To go on, give more steps with run={folder.name}; "
@@ -161,9 +176,11 @@ def run(settings: dict[str, Any], overrides: Sequence[str]) -> Job:
         )
         return Job(list(overrides), folder, faults.EXIT_FINISHED, (done["best"] or {}).get("value"))
     with run_folder.lock(folder) as held:
+        if named:
+            checkpoint.adopt(folder, named)
         config.save_resolved(settings, folder / "resolved.yaml")
         run_folder.write_json(folder / "overrides.json", list(overrides))
-        run_folder.write_json(folder / "environment.json", run_folder.environment())
+        run_folder.write_json(folder / "environment.json", run_folder.environment() | {"job": ranks.job()})
         (folder / "finished").unlink(missing_ok=True)
         print(config.banner(settings, folder), flush=True)
         if settings["size"] == "mini":
@@ -178,11 +195,23 @@ def run(settings: dict[str, Any], overrides: Sequence[str]) -> Job:
     return Job(list(overrides), folder, code, (done["best"] or {}).get("value") if done else None)
 
 
-def _make_folder(settings: dict[str, Any]) -> Path:
+def _choose_folder(settings: dict[str, Any]) -> tuple[Path, bool]:
+    """The run's folder, and whether this is a job of Slurm or torchrun that goes on with what it has begun there."""
     folder = config.run_folder(settings)
-    if settings["resume"] == "none":
-        beside = (folder.with_name(f"{folder.name}-{number}") for number in range(2, 10_000))
-        folder = folder if not folder.exists() else next(path for path in beside if not path.exists())
+    if settings["resume"] != "none":
+        return folder, _begun_by_this_job(folder)
+    numbered = [folder, *(folder.with_name(f"{folder.name}-{number}") for number in range(2, 10_000))]
+    there = list(takewhile(Path.exists, numbered))
+    own = [path for path in there if _begun_by_this_job(path)]
+    return (own[-1], True) if own else (numbered[len(there)], False)
+
+
+def _begun_by_this_job(folder: Path) -> bool:
+    about = folder / "environment.json"
+    return ranks.restarted() and about.exists() and json.loads(about.read_text()).get("job") == ranks.job()
+
+
+def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
@@ -192,7 +221,6 @@ def _make_folder(settings: dict[str, Any]) -> Path:
         raise UserError(
             f"{folder} cannot be written ({error.strerror}); choose another place with paths.outputs=…"
         ) from None
-    return folder
 
 
 def _longer(settings: dict[str, Any], done: dict[str, Any]) -> bool:
@@ -238,6 +266,8 @@ def _start_once(resolved: Path, count: int, held: int) -> int:
 
 def number_of_processes(asked: int | str) -> int:
     """`auto` is one for each visible GPU, at least one. Raises UserError for more processes than GPUs."""
+    if str(asked) == "1":
+        return 1
     gpus = len(devices.visible_gpus())
     if asked == "auto":
         return max(1, gpus)

@@ -1,11 +1,15 @@
 """How much memory a run holds before its first activation, part by part, for every recipe."""
 
+import logging
 from collections.abc import Iterable, Mapping
 
+import psutil
 import torch
 from torch import Tensor, nn
 
 from vireo.optimizers import moment_bytes
+
+log = logging.getLogger(__name__)
 
 GIB, MIB = 1 << 30, 1 << 20
 
@@ -60,3 +64,48 @@ def readable(size: int) -> str:
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+class Creep:
+    """Notices memory that grows while a run goes on: what is never given back ends a run after hours.
+
+    Compared with what was in use at the first look after SETTLED steps; told when it has grown by half and by MARGIN,
+    then again when it has from there.
+    """
+
+    SETTLED, MARGIN = 20, GIB
+
+    def __init__(self) -> None:
+        self.started: int | None = None
+        self.before: int | None = None
+
+    def look(self, step: int, device: torch.device) -> dict[str, float]:
+        """GiB in use now: host_memory of this process and its loader workers, and device_memory, at most so far."""
+        used = _resident()
+        self.started = step if self.started is None else self.started
+        if self.before is None and step >= self.started + self.SETTLED:
+            self.before = used
+        elif self.before is not None and used > 1.5 * self.before + self.MARGIN:
+            log.warning(
+                "this process and its loader workers hold %s now, %s earlier: something keeps what it no longer needs. "
+                "Fewer loader.workers, a smaller cache.memory, or a restart (the same command) help",
+                readable(used),
+                readable(self.before),
+            )
+            self.before = used
+        figures = {"host_memory": used / GIB}
+        if device.type == "cuda":
+            figures["device_memory"] = torch.cuda.max_memory_allocated(device) / GIB
+        return figures
+
+
+def _resident() -> int:
+    """Bytes in memory of this process and its children; pages that they share count for each."""
+    own = psutil.Process()
+    total = own.memory_info().rss
+    for child in own.children(recursive=True):
+        try:
+            total += child.memory_info().rss
+        except psutil.NoSuchProcess:
+            continue  # it ended between the two calls
+    return total

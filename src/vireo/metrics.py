@@ -38,6 +38,12 @@ def decibels(mse: Tensor) -> Tensor:
     return -10 * torch.log10(mse.clamp_min(10 ** (-MOST / 10)))
 
 
+def mean_where(region: Tensor, values: Tensor) -> Tensor:
+    """Mean over a region and all colours, 0 where it is empty: (B, T, 1, H, W), (B, T, C, H, W) -> (B,)."""
+    chosen = region.expand_as(values).to(values.dtype)
+    return (values * chosen).sum(dim=(1, 2, 3, 4)) / chosen.sum(dim=(1, 2, 3, 4)).clamp_min(1)
+
+
 def ssim(prediction: Tensor, target: Tensor) -> Tensor:
     """Structural similarity (Wang et al. 2004): 11x11 Gaussian window, sigma 1.5, mean over the clip's frames. (B,)
 
@@ -57,6 +63,29 @@ def ssim(prediction: Tensor, target: Tensor) -> Tensor:
         reduction="none",
     )
     return values.view(b, t).double().mean(dim=1)  # type: ignore[union-attr]
+
+
+def box_ssim(prediction: Tensor, target: Tensor, side: int = 65) -> Tensor:
+    """Structural similarity as papers on video inpainting have it: each colour by itself, even windows of 65x65. (B, T)
+
+    It is skimage's structural_similarity(win_size=side) with sample covariances. For smaller frames the window shrinks
+    to the largest odd size that fits.
+    """
+    side = min(side, *(s - 1 + s % 2 for s in target.shape[-2:]))
+    x, y = prediction.double(), target.double()
+    mean_x, mean_y, xx, yy, xy = (_box_mean(values, side) for values in (x, y, x * x, y * y, x * y))
+    sample = side**2 / max(side**2 - 1, 1)
+    var_x, var_y, cov = sample * (xx - mean_x**2), sample * (yy - mean_y**2), sample * (xy - mean_x * mean_y)
+    c1, c2 = 0.01**2, 0.03**2
+    likeness = (2 * mean_x * mean_y + c1) * (2 * cov + c2) / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
+    return likeness.mean(dim=(-3, -2, -1))
+
+
+def _box_mean(values: Tensor, side: int) -> Tensor:
+    """Means over all windows of side x side inside the frames, (..., H, W) -> (..., H - side + 1, W - side + 1)."""
+    sums = torch.nn.functional.pad(values.cumsum(-1).cumsum(-2), (1, 0, 1, 0))
+    box = sums[..., side:, side:] - sums[..., :-side, side:] - sums[..., side:, :-side] + sums[..., :-side, :-side]
+    return box / side**2
 
 
 def temporal_psnr(prediction: Tensor, target: Tensor) -> Tensor:

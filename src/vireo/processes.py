@@ -4,24 +4,27 @@ torch's elastic agent could do this, but it kills what has not saved 30 s after 
 SIGUSR2, and turns every exit code into 1.
 """
 
+import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vireo import faults
-from vireo.run_folder import log_file
+from vireo.run_folder import log_file, write_json
 
 GRACE = 10.0  # seconds in which the others may fail by themselves, and write why, after one process has
+SETTLE = 1.0  # seconds in which another machine says that it was its process that failed first
 POLL = 0.05  # seconds
-FAILURES = ".failures"  # in the run's folder: a line "<rank> <time>" for each process that caught its failure
+NOTES = "VIREO_FAILURES"  # the variable that names a folder with <rank>.json for each process that has failed
 
 
 class Share(NamedTuple):
@@ -43,34 +46,49 @@ def run(
     held: int | None = None,
     obsolete: Callable[[], bool] = lambda: False,
     resend: bool = False,
+    entry: Sequence[str] = ("vireo.start_worker",),
 ) -> int:
     """Run `count` workers on a resolved config to their end; returns the exit code of the one that failed first.
 
-    If none failed: 0, or 75 after a requested stop (also one that came before a worker could listen). Rank 0 has the
-    console, the output of each other rank goes to `logs/rank_<n>.log` beside the config.
+    On whichever machine that was: a failure on another one ends the workers here. If none failed: 0, or 75 after a
+    requested stop (also one that came before a worker could listen). Rank 0 has the console, the output of each other
+    rank goes to `logs/rank_<n>.log` beside the config.
 
     held: file descriptor of the run's lock, which the workers inherit. obsolete: asked now and then whether the workers
     should end, since those of another machine have.
+
+    entry: the module that a worker is, and its arguments behind the parent's number and the config.
 
     resend: signals that came meanwhile are sent to this process again once the workers have saved and ended, when its
     own handlers are back (submitit's requeues the job).
     """
     (resolved.with_name("logs")).mkdir(exist_ok=True)
-    resolved.with_name(FAILURES).unlink(missing_ok=True)
+    notes = resolved.with_name(f".failed-{share.port or 'here'}")  # another folder for each attempt
+    if share.node == 0:
+        for old in resolved.parent.glob(".failed-*"):
+            shutil.rmtree(old)
     first = share.node * count
-    variables = environment(count, share)
-    workers = {first + k: _start(resolved, first + k, variables[k], held) for k in range(count)}
+    variables = [{**own, NOTES: str(notes)} for own in environment(count, share)]
+    workers = {first + k: _start(entry, resolved, first + k, variables[k], held) for k in range(count)}
+
+    def needless() -> bool:
+        return obsolete() or (share.nodes > 1 and bool(_noted(notes).keys() - workers.keys()))
+
     with _forward_signals(list(workers.values())) as asked:
         try:
-            codes, killed = _wait(workers, obsolete)
+            codes, killed = _wait(workers, needless)
         finally:
             for worker in workers.values():
                 worker.kill()  # of no effect on those that have ended
     codes = {rank: faults.EXIT_STOPPED if -code in asked else code for rank, code in codes.items()}
-    failed = [rank for rank, code in codes.items() if code not in (0, faults.EXIT_STOPPED) and rank not in killed]
+    for rank, code in codes.items():
+        if rank in killed and rank in _noted(notes):
+            _note_code(notes, rank, faults.EXIT_FAULT)
+        elif rank not in killed and code not in (0, faults.EXIT_STOPPED):
+            _note_code(notes, rank, code)
+    failed = _failures(notes, share.nodes)
     if failed:
-        rank = first_failure(failed, resolved)
-        code = codes[rank]
+        rank, code = failed[0]
         if share.nodes * count > 1:
             print(_about(rank, code, resolved), file=sys.stderr, flush=True)
     else:
@@ -103,7 +121,9 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def _start(resolved: Path, rank: int, variables: Mapping[str, str], held: int | None) -> subprocess.Popen:
+def _start(
+    entry: Sequence[str], resolved: Path, rank: int, variables: Mapping[str, str], held: int | None
+) -> subprocess.Popen:
     # Threads that wait by spinning take the core from the loader's workers where there are few.
     inherited = {
         "OMP_WAIT_POLICY": "PASSIVE",
@@ -111,7 +131,7 @@ def _start(resolved: Path, rank: int, variables: Mapping[str, str], held: int | 
         "HYDRA_FULL_ERROR": "1",
         "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
     }
-    command = [sys.executable, "-u", "-m", "vireo.worker", str(resolved)]
+    command = [sys.executable, "-u", "-m", entry[0], str(os.getpid()), str(resolved), *entry[1:]]
     descriptors = () if held is None else (held,)
     if rank == 0:
         return subprocess.Popen(command, env={**inherited, **variables}, pass_fds=descriptors)
@@ -126,7 +146,7 @@ def _start(resolved: Path, rank: int, variables: Mapping[str, str], held: int | 
         )
 
 
-def _wait(workers: Mapping[int, subprocess.Popen], obsolete: Callable[[], bool]) -> tuple[dict[int, int], set[int]]:
+def _wait(workers: Mapping[int, subprocess.Popen], needless: Callable[[], bool]) -> tuple[dict[int, int], set[int]]:
     """Exit codes by rank, and the ranks that had to be killed since they did not end after another one's failure."""
     codes: dict[int, int] = {}
     killed: set[int] = set()
@@ -138,7 +158,7 @@ def _wait(workers: Mapping[int, subprocess.Popen], obsolete: Callable[[], bool])
                 codes[rank] = code
                 if code not in (0, faults.EXIT_STOPPED):
                     deadline = deadline or time.monotonic() + GRACE
-        if deadline is None and obsolete():
+        if deadline is None and needless():
             deadline = time.monotonic() + GRACE
         if deadline is not None and time.monotonic() > deadline:
             killed = set(workers.keys() - codes.keys())
@@ -149,18 +169,43 @@ def _wait(workers: Mapping[int, subprocess.Popen], obsolete: Callable[[], bool])
     return codes, killed
 
 
-def note_failure(resolved: Path, rank: int) -> None:
+def note_failure(rank: int) -> None:
     """Called by a worker that has caught its failure, before others can notice that it is gone."""
-    with open(resolved.with_name(FAILURES), "a") as file:
-        file.write(f"{rank} {time.time()}\n")
+    if NOTES in os.environ:  # else somebody else has started it, and looks for himself
+        _note(Path(os.environ[NOTES]), rank, when=time.time())
 
 
-def first_failure(ranks: Sequence[int], resolved: Path) -> int:
-    """Which of the failed ranks was the first. One that could not note its failure was killed, which others noticed."""
-    path = resolved.with_name(FAILURES)
-    lines = path.read_text().split("\n") if path.exists() else []
-    noted = {int(rank): float(when) for rank, when in (line.split() for line in lines if line)}
-    return min(ranks, key=lambda rank: (noted.get(rank, 0.0), rank))
+def _note_code(notes: Path, rank: int, code: int) -> None:
+    """Called by the parent of a worker that has failed; one that could not say when was killed."""
+    _note(notes, rank, **{"when": 0.0, **_noted(notes).get(rank, {}), "code": code})
+
+
+def _note(notes: Path, rank: int, **facts: float) -> None:
+    notes.mkdir(exist_ok=True)
+    write_json(notes / f"{rank}.json", facts)
+
+
+def _noted(notes: Path) -> dict[int, dict[str, Any]]:
+    found = {}
+    for path in notes.glob("[0-9]*.json"):
+        with suppress(FileNotFoundError):  # the first machine has begun anew
+            found[int(path.stem)] = json.loads(path.read_text())
+    return found
+
+
+def _failures(notes: Path, machines: int) -> list[tuple[int, int]]:
+    """Rank and exit code of what has failed on all machines, first things first.
+
+    A process that was killed is the first one: the others have noticed it.
+    """
+    deadline = time.monotonic() + GRACE
+    if machines > 1 and _noted(notes):
+        time.sleep(SETTLE)
+    while any("code" not in one for one in _noted(notes).values()) and time.monotonic() < deadline:
+        time.sleep(POLL)  # its parent waits for its end
+    noted = _noted(notes)
+    order = sorted(noted, key=lambda rank: (noted[rank]["when"], rank))
+    return [(rank, noted[rank].get("code", faults.EXIT_FAULT)) for rank in order]
 
 
 def _about(rank: int, code: int, resolved: Path) -> str:

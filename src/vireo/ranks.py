@@ -76,6 +76,18 @@ def first_host(nodes: str) -> str:
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", nodes).partition(",")[0]
 
 
+def job() -> str:
+    """What names this start and those that Slurm (a requeue) or torchrun makes of it again; "" if nobody would."""
+    if "SLURM_JOB_ID" in os.environ:
+        return f"slurm {os.environ['SLURM_JOB_ID']}.{os.environ.get('SLURM_STEP_ID', 'batch')}"
+    return f"torchrun {os.environ['TORCHELASTIC_RUN_ID']}" if "TORCHELASTIC_RUN_ID" in os.environ else ""
+
+
+def restarted() -> bool:
+    """Whether Slurm or torchrun has started this again."""
+    return any(int(os.environ.get(f"{who}_RESTART_COUNT", "0")) for who in ("SLURM", "TORCHELASTIC"))
+
+
 def _refuse_lone_accelerate(variables: Mapping[str, str]) -> None:
     """accelerate launch --cpu --num_processes 2 starts one process and says nothing: its command line knows better."""
     if "ACCELERATE_MIXED_PRECISION" not in variables:

@@ -16,6 +16,7 @@ from typing import Any
 
 from vireo.errors import UserError
 
+CHAIN = "chain.json"  # in a chain's folder: the runs of its stages by name, relative to it
 PACKAGES = (
     "torch", "accelerate", "diffusers", "transformers", "datasets", "safetensors", "hydra-core", "decord", "av",
     "numpy",
@@ -88,6 +89,19 @@ def environment() -> dict[str, Any]:
         "command": shlex.join(sys.argv),
         "git": _git(),
     }
+
+
+def stages(folder: Path) -> dict[str, Path]:
+    """The runs of a chain's stages that have begun, by name; of an ordinary run, or of none, the folder itself."""
+    path = folder / CHAIN
+    runs = json.loads(path.read_text()) if path.exists() else {}
+    begun = {name: folder / run for name, run in runs.items() if (folder / run / "resolved.yaml").exists()}
+    return begun or {"": folder}
+
+
+def newest_stage(folder: Path) -> Path:
+    """The run that stands for a folder: of a chain, the last one that has begun."""
+    return list(stages(folder).values())[-1]
 
 
 def finished(folder: Path) -> dict[str, Any] | None:

@@ -77,7 +77,8 @@ class SideBySide:
         sys.stdout.flush()
         sys.stderr.flush()
         fork = multiprocessing.get_context("fork")
-        process = fork.Process(target=_work, args=(work, environment, folder / "console.log" if jobs > 1 else None))
+        console = folder / "console.log" if jobs > 1 else None
+        process = fork.Process(target=_work, args=(work, os.getpid(), environment, console))
         process.start()
         self.running.append(Started(process, folder, slot, jobs == 1, time.monotonic()))
         return Pending(self, folder)
@@ -115,11 +116,11 @@ class SideBySide:
                 os.kill(one.process.pid, number)
 
 
-def _work(work: Callable[[], int], environment: dict[str, str], console: Path | None) -> None:
+def _work(work: Callable[[], int], parent: int, environment: dict[str, str], console: Path | None) -> None:
     """In the job's process."""
     for number in SIGNALS:  # the parent's handler would pass signals on to other jobs
         signal.signal(number, lambda number, frame: os._exit(faults.EXIT_STOPPED))
-    faults.die_with_parent()
+    faults.die_with_parent(parent)
     os.environ.update(environment)
     if console is not None:
         output = os.open(console, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import re
+import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,10 +16,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vireo import processes, ranks, run_folder
+from vireo import faults, processes, ranks, run_folder, sweeps
 from vireo.errors import UserError
 
 GLANCE = 0.5  # seconds from one look at the first machine's file to the next
+LATE = 15.0  # seconds that a file system may take to show what another machine wrote
+ASK = 5.0  # seconds from one question to Slurm to the next
 
 
 def check(words: Sequence[str]) -> None:
@@ -43,6 +46,59 @@ def node() -> int:
 
 def nodes() -> int:
     return int(os.environ.get("SLURM_JOB_NUM_NODES", "1")) if inside() else 1
+
+
+def wait_for_every_job(sweep: Path, higher_is_better: bool) -> None:
+    """Make this process, which is about to submit a sweep, wait for all of its jobs whatever becomes of one.
+
+    The launcher asks job after job for its result, gives up at the first one without, and has no hook; so submitit's
+    `Job.results` is replaced. A job that was cancelled, or whose machine is gone, gets a note of that, and counts as
+    infinitely bad in a search.
+    """
+    import submitit
+    from hydra.core.utils import JobReturn, JobStatus
+
+    ask = submitit.Job.results
+
+    def results(job: Any) -> list[Any]:
+        while not job.paths.result_pickle.exists() and _goes_on(job):
+            time.sleep(ASK)
+        if not _has_result(job):
+            return [lost(job, "it was cancelled, or its machine is gone")]
+        try:
+            (result,) = ask(job.task(0))  # the first machine's figure is the job's
+        except submitit.core.utils.FailedJobError as error:
+            return [lost(job, str(error))]
+        failed = result.status == JobStatus.FAILED
+        return [lost(job, f"{type(result._return_value).__name__}: {result._return_value}") if failed else result]
+
+    def lost(job: Any, why: str) -> JobReturn:
+        overrides, _, number, *_ = job.submission().args
+        folder = sweep / str(number)
+        if "exit_code" not in sweeps.read(folder):
+            message = f"{why}; what it printed: {job.paths.stdout}"
+            sweeps.note(folder, overrides=overrides, exit_code=faults.EXIT_FAULT, message=message)
+        return JobReturn(status=JobStatus.COMPLETED, _return_value=sweeps.objective(None, higher_is_better))
+
+    submitit.Job.results = results
+
+
+def _has_result(job: Any) -> bool:
+    """Whether a job that has ended left a result; another machine's file may be seen a little later."""
+    began = time.monotonic()
+    while not job.paths.result_pickle.exists():
+        if time.monotonic() - began > LATE:
+            return False
+        time.sleep(GLANCE)
+    return True
+
+
+def _goes_on(job: Any) -> bool:
+    """Whether a job waits or runs, or Slurm does not answer. submitit asks sacct, which not all clusters have."""
+    if type(job).__name__ != "SlurmJob":
+        return not job.done()
+    asked = subprocess.run(["squeue", "--noheader", f"--jobs={job.job_id}"], capture_output=True, text=True)
+    return bool(asked.stdout.strip()) if asked.returncode == 0 else "Invalid job id" not in asked.stderr
 
 
 def share(resolved: Path, count: int) -> processes.Share:

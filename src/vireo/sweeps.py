@@ -65,10 +65,10 @@ def show(sweep: Path) -> str:
     for row, one in zip(table, notes(sweep).values(), strict=True):
         if one.get("exit_code") not in (None, faults.EXIT_FINISHED) and row["state"] != "finished":
             said = (one.get("message") or "").strip() or f"see {one.get('run')}/train.log"
-            lines.append(f"job {row['job']} ({row['overrides']}) {row['state']}: {said}")
+            lines.append(f"job {_named(row)} {row['state']}: {said}")
     best = _best(table, notes(sweep))
     if best is not None:
-        lines.append(f"best    job {table[best]['job']} ({table[best]['overrides']}): {table[best]['best']:.4g}")
+        lines.append(f"best    job {_named(table[best])}: {table[best]['best']:.4g}")
     lines.append(f"table   {report.write_csv(table, sweep / 'sweep.csv')}")
     picture = curves(sweep)
     return "\n".join([*lines, f"curves  {picture}"] if picture else lines)
@@ -82,23 +82,30 @@ def curves(sweep: Path) -> Path | None:
     runs = {}
     for place in order:
         one, row = list(found.values())[place], table[place]
-        figures = read_metrics(Path(one["run"]) / "metrics.jsonl") if one.get("run") else []
+        folder = run_folder.newest_stage(Path(one["run"])) if one.get("run") else None
+        figures = read_metrics(folder / "metrics.jsonl") if folder else []
         if figures:
-            runs[f"{row['job']}: {row['overrides']}"] = figures
+            runs[_named(row)] = figures
     metrics = [f"validation/{one['metric']}" for one in found.values() if one.get("metric")]
     return report.draw(runs, sweep / "curves.png", metrics) if runs else None
+
+
+def _named(row: Mapping[str, Any]) -> str:
+    """The number of a job, and what sets it apart, if there are others."""
+    return f"{row['job']} ({row['overrides']})" if row["overrides"] else str(row["job"])
 
 
 def _titles(found: Mapping[int, Mapping[str, Any]]) -> list[str]:
     """The words of each job that not all jobs share."""
     words = [one.get("overrides", []) for one in found.values()]
-    common = set.intersection(*map(set, words)) if len(words) > 1 else set()
+    common = set.intersection(*map(set, words)) if words else set()
     return [" ".join(word for word in own if word not in common) for own in words]
 
 
 def _row(number: int, one: Mapping[str, Any], words: str) -> dict[str, Any]:
     folder, metric = one.get("run"), one.get("metric") or "psnr"
-    about = report.state_of(Path(folder), metric, one.get("higher_is_better", True)) if folder else {}
+    run = run_folder.newest_stage(Path(folder)) if folder else None
+    about = report.state_of(run, metric, one.get("higher_is_better", True)) if run else {}
     code = one.get("exit_code")
     ended = ENDED.get(code, f"failed ({code})") if code is not None else about.get("state", "beginning")
     return {

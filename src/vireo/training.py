@@ -1,7 +1,8 @@
 """The training loop, readable from top to bottom.
 
-One step: batches -> draws from their positions -> encoder -> loss -> backward -> clip -> guard -> optimizer,
-schedule, average -> log. It knows no recipe, no kind of model or loss and no strategy.
+One step: batches -> draws from their positions -> encoder -> loss -> vote -> backward -> clip -> guard -> optimizer,
+schedule, average -> log. It knows no recipe, no kind of model or loss and no strategy. What can go wrong in it is
+decided by all ranks together (faults.py).
 """
 
 import logging
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 from vireo import distributed, faults
 from vireo.data.stream import to_device
 from vireo.ema import ExponentialMovingAverage
-from vireo.losses.objective import Loss
+from vireo.hangs import Watchdog
+from vireo.incidents import Incident, Verdicts
+from vireo.losses.objective import Loss, Objective
 from vireo.models.encoders import Encoder
 from vireo.randomness import Draws, seed_default
 from vireo.schedules import Schedule
@@ -26,11 +29,16 @@ log = logging.getLogger(__name__)
 
 
 class Progress(NamedTuple):
-    """Where a run is: optimizer steps made, samples seen (the stream's next position), updates turned away."""
+    """Where a run is.
+
+    step: optimizer steps made. position: samples seen, the stream's next position. skipped: updates turned away.
+    usual_loss: what `faults.LossSpikes` compares with; None where nothing is compared.
+    """
 
     step: int
     position: int
     skipped: int
+    usual_loss: float | None = None
 
 
 def train(
@@ -51,75 +59,88 @@ def train(
     max_grad_norm: float | None,
     log_every: int,
     max_consecutive_skips: int,
+    max_loss_rise: float | None,
     max_bad_files: int,
     stop: faults.StopRequest,
+    watchdog: Watchdog,
     report: Callable[[int, Mapping[str, float]], None],
+    record: Callable[[Incident], None],
     at_boundary: Callable[[Progress, bool], None],
 ) -> Progress:
     """Train from `progress` to `steps` optimizer steps, or until `stop`; returns where it ended.
 
     network: the wrapped module, in the mode it trains in. batches: micro-batches of this rank in order. report: gets
-    each logged step's figures on every rank (means over micro-steps and ranks). at_boundary: called on every rank
-    after every step with the progress and whether the run is about to stop; it validates and saves as it sees fit.
-    Raises faults.TooManyFaults when non-finite steps or unreadable files pass their limits.
+    each logged step's figures on every rank (means over micro-steps and ranks). record: gets each step that was turned
+    away, on every rank. at_boundary: called on every rank after every step with the progress and whether the run is
+    about to stop; it validates and saves as it sees fit.
+    Raises faults.TooManyFaults when non-finite steps or unreadable files pass their limits, or when one sample alone
+    does not fit into memory.
     """
     rank, device = distributed.rank(), strategy.device
     base_rates = [group["lr"] for group in optimizer.param_groups]
-    skips = faults.NonFiniteSteps(max_consecutive_skips, progress.skipped)
+    verdicts = Verdicts(max_consecutive_skips, progress.skipped, record)
+    spikes = faults.LossSpikes(max_loss_rise, progress.usual_loss)
+    room = faults.Room()
     bad_files: dict[str, str] = {}
-    unread: tuple[int, Tensor, list[str]] | None = None  # last step's verdict, still on the device
     stopwatch = Stopwatch()
 
     for step in range(progress.step, steps):
+        watchdog.begin_step()
         rate = schedule(step, steps)
         for group, base_rate in zip(optimizer.param_groups, base_rates, strict=True):
             group["lr"] = base_rate * rate
         figures: dict[str, Tensor] = {}
-        names: list[str] = []
+        samples: list[tuple[int, str]] = []
         flags = 0
 
         # ---------------------------------------------------------------- one gradient step
         for micro in range(accumulation):
             with stopwatch.waiting():
                 batch = next(batches)
-            names += [str(name) for name in batch.get("name", batch["position"].tolist())]
             bad_files.update(batch["bad"])
-
-            draws = Draws(seed, batch["position"], device, step)
+            samples += _named(batch)
             seed_default(seed, "network", (step, micro, rank))
-            with strategy.micro_step(last=micro == accumulation - 1):
-                batch = encoder(to_device(batch, device), draws)
-                objective = loss(network, batch, draws)
-                flags |= distributed.vote(
-                    (faults.STOP if stop else 0) | (faults.BAD_DATA if len(bad_files) > max_bad_files else 0)
-                )
-                strategy.backward(objective.total / accumulation)
-            for name, value in {"loss": objective.total, **objective.metrics}.items():
-                figures[name] = figures.get(name, 0) + value.detach() / accumulation
+
+            pieces = room.pieces(batch)  # one, the micro-batch itself, unless memory ran out before
+            while pieces:
+                piece = pieces.popleft()
+                size = len(piece["position"])
+                draws = Draws(seed, piece["position"], device, step)
+                with strategy.micro_step(last=micro == accumulation - 1 and not pieces):
+                    objective = _forward(network, encoder, loss, piece, draws, strategy)
+                    agreed = distributed.vote(
+                        (faults.STOP if stop else 0)
+                        | (faults.BAD_DATA if len(bad_files) > max_bad_files else 0)
+                        | (faults.OUT_OF_MEMORY if objective is None else 0)
+                    )
+                    flags |= agreed
+                    if objective is None or agreed & faults.OUT_OF_MEMORY:
+                        objective = None
+                        pieces = room.smaller(step, [piece, *pieces])
+                        continue
+                    parts = accumulation * len(batch["position"]) / size
+                    strategy.backward(spikes.guarded(objective.total) / parts)
+                for name, value in {"loss": objective.total, **objective.metrics}.items():
+                    figures[name] = figures.get(name, 0) + value.detach() / parts
 
         norm = strategy.step(max_grad_norm)
-        finite = torch.isfinite(norm)
-        average.update(step, finite)
+        average.update(step, torch.isfinite(norm))
         # ----------------------------------------------------------------
 
-        # The host reads each verdict one step late, so it never waits for the step it has just queued.
-        if unread is not None:
-            skips.see(unread[0], bool(unread[1]), unread[2])
-        unread = (step, finite, names)
         stopwatch.steps += 1
-        progress = Progress(step + 1, progress.position + batch_size * accumulation * distributed.world_size(), 0)
+        seen = progress.position + batch_size * accumulation * distributed.world_size()
         stopping = bool(flags & faults.STOP)
-        last = progress.step == steps or stopping
-        logged = last or progress.step % log_every == 0
-        if logged or device.type == "cpu":  # where looking is free, a checkpoint knows its own step's verdict too
-            skips.see(step, bool(finite), names)
-            unread = None
+        last = step + 1 == steps or stopping
+        logged = last or (step + 1) % log_every == 0
+        # The host reads each verdict one step late, so it never waits for the step it has just queued; where looking
+        # is free, or done anyway, a checkpoint knows its own step's verdict too.
+        verdicts.add(step, norm, figures, samples, at_once=logged or device.type == "cpu")
         if logged:
             means = distributed.average({name: float(value) for name, value in figures.items()})
             state = {"grad_norm": float(norm), "lr": optimizer.param_groups[0]["lr"]}
-            counts = {"skipped_steps": skips.total, "bad_files": len(bad_files)}
-            report(progress.step, {**means, **state, **counts, **stopwatch.lap()})
-        progress = progress._replace(skipped=skips.total)
+            counts = {"skipped_steps": verdicts.skipped, "bad_files": len(bad_files), "memory_retries": room.retries}
+            report(step + 1, {**means, **state, **counts, **stopwatch.lap()})
+        progress = Progress(step + 1, seen, verdicts.skipped, spikes.usual)
 
         if flags & faults.BAD_DATA:
             raise faults.TooManyFaults(_bad_files_message(bad_files, max_bad_files))
@@ -128,6 +149,26 @@ def train(
         if stopping:
             break
     return progress
+
+
+def _forward(
+    network: nn.Module, encoder: Encoder, loss: Loss, batch: dict[str, Any], draws: Draws, strategy: Strategy
+) -> Objective | None:
+    """The objective of a batch on the host; None if memory ran out on this rank, where that can be tried again."""
+    try:
+        return loss(network, encoder(to_device(batch, strategy.device), draws), draws)
+    except torch.OutOfMemoryError:
+        if not strategy.forward_is_local:
+            raise  # other ranks wait inside their own forward pass, where no vote reaches them
+    # Here the exception, and with it everything its frames held, is gone.
+    faults.give_memory_back()
+    return None
+
+
+def _named(batch: Mapping[str, Any]) -> list[tuple[int, str]]:
+    """Position and name of each sample of a batch."""
+    positions = batch["position"].tolist()
+    return list(zip(positions, map(str, batch.get("name", positions)), strict=True))
 
 
 class Stopwatch:

@@ -149,14 +149,15 @@ def validate(
     device: torch.device,
     folder: Path,
     fps: float | None = None,
+    gif: bool = False,
     pictures: int = 4,
 ) -> dict[str, float]:
     """Mean measures over the first `clips` held-out clips, shared out over the ranks; the same on every rank.
 
     Every rank takes equally many clips (some twice, counted once), since the network's forward may be a collective.
     Writes side-by-side videos and one PNG grid of the first `pictures` clips into `folder`, each on the rank that
-    has it. fps: of these videos; None: the clips' own. Where clips cannot be read, unreadable_clips says how many, and
-    the means are those of the others.
+    has it. fps: of these videos; None: the clips' own. gif: whether they are GIFs as well. Where clips cannot be read,
+    unreadable_clips says how many, and the means are those of the others.
     """
     count = min(clips, len(stream.dataset))
     rank, world = distributed.rank(), distributed.world_size()
@@ -171,7 +172,7 @@ def validate(
         folder.mkdir(parents=True, exist_ok=True)
     distributed.barrier()
     for index, (columns, rate) in shown.items():
-        show(columns, folder / f"clip_{index:03d}", rate)
+        show(columns, folder / f"clip_{index:03d}", rate, gif)
     found = [everything[index] for index in sorted(everything)]
     unreadable = sum(score.unreadable is not None for score in found)
     return {**means(found), **({"unreadable_clips": unreadable} if unreadable else {})}

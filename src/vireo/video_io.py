@@ -190,6 +190,18 @@ def is_frame(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
 
 
+def frame_files(folder: str | Path) -> list[Path]:
+    """The pictures directly in a folder in natural order, as `VideoReader` numbers them. Raises BadVideoError."""
+    folder = Path(folder)
+    try:
+        files = sorted((file for file in folder.iterdir() if is_frame(file.name)), key=_natural)
+    except OSError as error:
+        raise BadVideoError(folder, _first(error)) from error
+    if not files:
+        raise BadVideoError(folder, "a folder without pictures: expected .jpg or .png frames directly in it")
+    return files
+
+
 def write_video(path: str | Path, frames: Tensor, fps: float) -> None:
     """An H.264 file (yuv420p, plays everywhere) of uint8 RGB frames (T, C, H, W); its folder is made if need be.
 
@@ -207,6 +219,18 @@ def write_video(path: str | Path, frames: Tensor, fps: float) -> None:
         for image in pixels:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())
+
+
+def write_gif(path: str | Path, frames: Tensor, fps: float) -> None:
+    """A GIF of uint8 RGB frames (T, C, H, W) that plays for ever, with 256 colours for each frame.
+
+    GIFs count in hundredths of a second, and viewers slow down what is faster than 50 frames a second. Raises OSError
+    with the path if it cannot be written.
+    """
+    first, *rest = [Image.fromarray(picture) for picture in _pixels(frames)]
+    duration = 10 * max(2, round(100 / fps))  # ms
+    with _replacing(Path(path)) as unfinished:
+        first.save(unfinished, format="GIF", save_all=True, append_images=rest, duration=duration, loop=0)
 
 
 def write_grid(path: str | Path, rows: Mapping[str, Tensor], columns: int = 8) -> None:
@@ -409,7 +433,7 @@ class _PyAVVideo:
         _check_file(path)
         self._path = path
         try:
-            self._container = av.open(str(path))
+            self._container = av.open(str(path), metadata_errors="replace")  # titles in another encoding are no fault
         except (av.FFmpegError, OSError) as error:
             reason = f"not a video, or a truncated one whose index at the end is missing ({_first(error)})"
             raise BadVideoError(path, reason) from error
@@ -532,12 +556,7 @@ def _starts_anew(key_frame: bytes, codec: Any) -> bool:
 
 class _FrameFolder:
     def __init__(self, path: Path, fps: float) -> None:
-        try:
-            self._files = sorted((file for file in path.iterdir() if is_frame(file.name)), key=_natural)
-        except OSError as error:
-            raise BadVideoError(path, _first(error)) from error
-        if not self._files:
-            raise BadVideoError(path, "a folder without pictures: expected .jpg or .png frames directly in it")
+        self._files = frame_files(path)
         self._path = path
         self.num_frames = len(self._files)
         self.fps = fps

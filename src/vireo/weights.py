@@ -1,5 +1,6 @@
 """Weights between a network, a checkpoint and what a run starts from."""
 
+import hashlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +33,28 @@ def trained_state(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, 
     """The part of a full state that changes while training."""
     names = trained_names(network)
     return {name: value for name, value in state.items() if name in names}
+
+
+def frozen_digest(network: nn.Module) -> str:
+    """Hash of the names and values of all parameters that do not learn, which a checkpoint leaves out.
+
+    A gigabyte takes about a second.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, parameter in network.named_parameters():
+        if not parameter.requires_grad:
+            digest.update(name.encode())
+            digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def check_frozen(found: checkpoint.Checkpoint, digest: str) -> None:
+    """Raises UserError where a checkpoint was trained beside other frozen weights than those with this digest."""
+    if found.state["frozen"] != digest:
+        raise UserError(
+            f"{found.folder} was trained beside other frozen weights than there are now: the files that the network or "
+            "init_from names have changed since. Put them back, or start anew (resume=none, or another run=)."
+        )
 
 
 @torch.no_grad()

@@ -1,15 +1,15 @@
-"""One process of a run: `python -m vireo.worker <run>/resolved.yaml`, with RANK and its like where there are several.
+"""One process of a run, with RANK and its like in the environment where there are several.
 
 It builds the Model, Dataset and Loss objects of the resolved config, takes up the newest good checkpoint and calls
 the loop (training.py). What happens at a step's boundary (validate, save, export) is decided here.
 """
 
+import contextlib
 import logging
 import math
 import os
 import shutil
 import socket
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +26,7 @@ from vireo import (
     digests,
     distributed,
     faults,
+    incidents,
     memory,
     objects,
     processes,
@@ -40,11 +41,12 @@ from vireo.data.stream import Slices, Stream, collate, loader, to_device
 from vireo.ema import ExponentialMovingAverage
 from vireo.errors import UserError
 from vireo.freezing import parameter_table
+from vireo.hangs import Watchdog
 from vireo.randomness import Draws
 from vireo.training import Progress, train
 from vireo.validation import SEED, validate
 
-log = logging.getLogger("vireo.worker")  # its __name__ is __main__
+log = logging.getLogger(__name__)
 
 
 class Run:
@@ -71,9 +73,11 @@ class Run:
         self.optimizer = objects.optimizer(settings)(groups, lr=settings["lr"])
         self.learns = parameter_table(self.network)
         self.found = self._find_checkpoint()
+        self.frozen = weights.frozen_digest(self.network)
         if self.found is not None:  # weights are loaded before they are spread over the processes
+            weights.check_frozen(self.found, self.frozen)
             weights.load_trained(self.network, self.found.tensors("network"), self.found.folder)
-        self.memory = self._memory()
+        self.sizes = self._sizes()
         self.wrapped = self.strategy.prepare(self.network, self.optimizer)
         self.policy.train_mode(self.network)
         self.loss.to(self.device)
@@ -84,7 +88,10 @@ class Run:
         self.best: dict[str, float] | None = None
         self.tracker_id: str | None = None
         self.figures: dict[str, float] = {}
-        self.saved_at = time.monotonic()
+        self.started_at = self.saved_at = time.monotonic()
+        self.memory_creep = memory.Creep()
+        stacks = folder / "stacks" / f"rank_{distributed.rank()}.txt"
+        self.watchdog = Watchdog(stacks, settings["launcher"]["timeout"])
         self.writer = ThreadPoolExecutor(1, "checkpoint")
         self.saving: tuple[int, Future | None] | None = None
 
@@ -98,10 +105,10 @@ class Run:
         epochs = self.settings["epochs"]
         return math.ceil(epochs * len(self.dataset) / self.global_batch) if epochs else self.settings["steps"]
 
-    def _memory(self) -> dict[str, int]:
-        """Bytes by part that the device of one process holds before its first activation; asked before `prepare`."""
+    def _sizes(self) -> dict[str, int]:
+        """Bytes by part that one process alone would hold before its first activation; asked before `prepare`."""
         trained = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
-        alone = memory.estimate(
+        return memory.estimate(
             self.network,
             self.optimizer,
             trained if self.settings["ema"]["decay"] else {},
@@ -109,14 +116,13 @@ class Run:
             self.loss.state_dict(),
             half_precision=self.strategy.precision != "fp32",
         )
-        return self.strategy.on_device(alone)
 
     def _find_checkpoint(self) -> checkpoint.Checkpoint | None:
-        """The checkpoint that `resume` names, the same one on every rank; None is a fresh start."""
+        """The newest good checkpoint, the same one on every rank; None is a fresh start."""
         found = None
         if distributed.is_main():
             checkpoint.clean(self.folder)
-            found = checkpoint.find(self.folder, self.settings["resume"])
+            found = checkpoint.latest(self.folder)
         return distributed.gather(found)[0]
 
     def resume(self) -> Progress:
@@ -132,7 +138,8 @@ class Run:
         self.strategy.load_state(found.state["strategy"])
         self.best, self.tracker_id = found.state["best"], found.state["tracker_id"]
         log.info("resumed from %s: step %d of %d", found.folder, found.step, self.steps)
-        return Progress(found.step, found.state["position"], found.state["skipped"])
+        state = found.state
+        return Progress(found.step, state["position"], state["skipped"], state.get("usual_loss"))
 
     def _keep_global_batch(self, wanted: int) -> None:
         """On another number of processes the accumulation changes, so that each step sees the same samples."""
@@ -183,7 +190,11 @@ class Run:
             )
             self.console = Console(self.steps, progress.step, self.global_batch)
             log.info("what learns:\n%s", self.learns)
-            log.info("memory on each device:\n%s", memory.table(self.memory, memory.available(self.device)))
+            log.info(
+                "memory on each device:\n%s",
+                memory.table(self.strategy.on_device(self.sizes), memory.available(self.device)),
+            )
+            self._check_space()
             if not len(self.held_out):
                 log.warning("no clip is held out, so nothing is validated and no checkpoint is the best one")
         if progress.step == 0:
@@ -191,29 +202,63 @@ class Run:
             self._check_network()
             if settings["validation"]["at_start"] and len(self.held_out):
                 self.report(0, self.validate(0))
-        progress = train(
-            self.wrapped,
-            self.encoder,
-            self.loss,
-            self.batches(progress),
-            self.optimizer,
-            objects.schedule(settings),
-            self.strategy,
-            self.average,
-            seed=settings["seed"],
-            progress=progress,
-            steps=self.steps,
-            batch_size=settings["batch_size"],
-            accumulation=self.accumulation,
-            max_grad_norm=settings["max_grad_norm"],
-            log_every=settings["logging"]["every"],
-            max_consecutive_skips=settings["faults"]["max_consecutive_skips"],
-            max_bad_files=max(1, int(self.dataset.max_bad_fraction * len(self.dataset))),
-            stop=self.stop,
-            report=self.report,
-            at_boundary=self.at_boundary,
-        )
-        return self.finish(progress)
+        return self.finish(self.advance(progress))
+
+    def advance(self, progress: Progress) -> Progress:
+        """Make steps from `progress` until the run's end or a stop; returns where it got to."""
+        settings = self.settings
+        with contextlib.closing(self.watchdog):
+            return train(
+                self.wrapped,
+                self.encoder,
+                self.loss,
+                self.batches(progress),
+                self.optimizer,
+                objects.schedule(settings),
+                self.strategy,
+                self.average,
+                seed=settings["seed"],
+                progress=progress,
+                steps=self.steps,
+                batch_size=settings["batch_size"],
+                accumulation=self.accumulation,
+                max_grad_norm=settings["max_grad_norm"],
+                log_every=settings["logging"]["every"],
+                max_consecutive_skips=settings["faults"]["max_consecutive_skips"],
+                max_loss_rise=settings["faults"]["max_loss_rise"],
+                max_bad_files=max(1, int(self.dataset.max_bad_fraction * len(self.dataset))),
+                stop=self.stop,
+                watchdog=self.watchdog,
+                report=self.report,
+                record=self.record,
+                at_boundary=self.at_boundary,
+            )
+
+    def _check_space(self) -> None:
+        """Refuse (UserError) to train what cannot be saved; say so where it cannot be kept as often as asked."""
+        kept = ("trained weights", "buffers", "optimizer moments", "average of the weights", "loss's own")
+        size = sum(self.sizes.get(name, 0) for name in kept)
+        free = shutil.disk_usage(self.folder).free
+        wanted = (self.settings["checkpoint"]["keep_last"] + 1) * size + checkpoint.MARGIN
+        if free < size + checkpoint.MARGIN:
+            raise UserError(
+                f"{self.folder}: {memory.readable(free)} free, but a checkpoint of this run takes "
+                f"{memory.readable(size)}. Free some space, or move outputs with paths.outputs=…"
+            )
+        if free < wanted:
+            log.warning(
+                "%s free in %s; checkpoint.keep_last=%d and one being written take %s. When it is full, a save fails, "
+                "the last good checkpoint stays, and the run goes on",
+                memory.readable(free),
+                self.folder,
+                self.settings["checkpoint"]["keep_last"],
+                memory.readable(wanted),
+            )
+
+    def record(self, incident: incidents.Incident) -> None:
+        """Keep a step that was turned away; called on every rank, done on the main one."""
+        if distributed.is_main():
+            incidents.write(self.folder, incident)
 
     def batches(self, progress: Progress) -> Iterator[dict[str, Any]]:
         """This rank's micro-batches from `progress` to the end of the run."""
@@ -232,6 +277,7 @@ class Run:
     def report(self, step: int, figures: Mapping[str, float]) -> None:
         """Write and show figures; called on every rank, done on the main one."""
         if distributed.is_main():
+            figures = {**figures, **self.memory_creep.look(step, self.device)}
             self.log.metrics(step, figures)
             self.console.show(step, figures)
 
@@ -242,18 +288,22 @@ class Run:
         if distributed.is_main():
             self.console.step(progress.step)
         if len(self.held_out) and (_due(progress.step, validation["every"]) or progress.step == self.steps):
-            self.figures = self.validate(progress.step)
+            with self.watchdog.paused():
+                self.figures = self.validate(progress.step)
             improved = self._note_best(progress.step)
             self.report(progress.step, self.figures)
         overdue = saving["every_minutes"] and time.monotonic() - self.saved_at > 60 * saving["every_minutes"]
         # Clocks differ between ranks; the main process's decides.
         overdue = distributed.gather(bool(overdue))[0] if saving["every_minutes"] else False
-        if progress.step + 1 == self.settings["preempt_at"]:
-            self.stop.ask()  # the next step is then the last one of this process
+        hours = self.settings["max_hours"]
+        out_of_time = hours is not None and time.monotonic() - self.started_at > 3600 * hours
+        if out_of_time or progress.step + 1 == self.settings["preempt_at"]:
+            self.stop.ask()  # all ranks hear of it in the next step, which is then the last one of this process
         if last or overdue or _due(progress.step, saving["every"]) or (improved and saving["keep_best"]):
-            self.save(progress, final=last)
-            if improved and saving["keep_best"]:
-                self.export(self.folder / "export" / "best")
+            with self.watchdog.paused():
+                self.save(progress, final=last)
+                if improved and saving["keep_best"]:
+                    self.export(self.folder / "export" / "best")
 
     def _note_best(self, step: int) -> bool:
         """Whether this validation is the best so far, by `validation.metric`."""
@@ -291,6 +341,7 @@ class Run:
                 device=self.device,
                 folder=folder,
                 fps=settings["fps"],
+                gif=settings["gif"],
             )
         self.policy.train_mode(self.network)
         if distributed.is_main():
@@ -316,6 +367,7 @@ class Run:
                 "world_size": distributed.world_size(),
                 "strategy": self.strategy.state(),
                 "best": self.best,
+                "frozen": self.frozen,
                 "tracker_id": self.tracker_id,
             }
             self.saving = (progress.step, self.writer.submit(self._write, progress.step, copies, about))
@@ -410,15 +462,16 @@ def main(path: Path, text: str | None = None) -> int:
     text: what `path` holds, for a process that was told it.
     """
     code = _main(path, text)
-    if code not in (faults.EXIT_FINISHED, faults.EXIT_STOPPED):
-        processes.note_failure(path, int(os.environ.get("RANK", "0")))
-    distributed.close()
+    failed = code not in (faults.EXIT_FINISHED, faults.EXIT_STOPPED)
+    if failed:
+        processes.note_failure(int(os.environ.get("RANK", "0")))
+    if not distributed.close(after_fault=failed):
+        os._exit(code)  # whoever waits for this process must learn of the failure
     # torchrun, in whose hands this is, would take a requested stop for a failure, and start again after it.
     return 0 if code == faults.EXIT_STOPPED and "TORCHELASTIC_RUN_ID" in os.environ else code
 
 
 def _main(path: Path, text: str | None) -> int:
-    faults.die_with_parent()
     tracking.silence_telemetry()
     folder = path.parent
     try:
@@ -434,13 +487,8 @@ def _main(path: Path, text: str | None) -> int:
     except faults.TooManyFaults as fault:
         log.error("%s", fault)
         return faults.EXIT_FAULT
-    except Exception:
+    except Exception as error:
         log.error("%s", traceback.format_exc())
+        if faults.is_out_of_memory(error):
+            log.error("out of memory. %s", faults.LEVERS)
         return faults.EXIT_FAULT
-
-
-if __name__ == "__main__":
-    from vireo.console import set_up_logging
-
-    set_up_logging(Path(sys.argv[1]).parent / "train.log")
-    sys.exit(main(Path(sys.argv[1])))

@@ -43,6 +43,8 @@ def test_experiments_compose_validate_and_resolve(experiment, size, full):
     [
         *[[f"schedule={name}"] for name in ("constant", "cosine", "linear")],
         *[[f"freeze-policy={name}"] for name in ("all", "decoder", "encoder", "unet", "unet_text_encoder")],
+        ["freeze-policy=unet_brushnet"],
+        ["freeze-policy=motion_modules"],
         *[[f"tracker={name}"] for name in ("none", "tensorboard", "wandb")],
         *[[f"cache={name}"] for name in ("on", "off")],
         ["strategy=single"],
@@ -75,6 +77,27 @@ def test_the_first_convolution_can_learn_faster():
     words = ["experiment=ip2p_video", "freeze_policy.groups.conv_in.lr_scale=10"]
     assert config.problems(words) == []
     assert config.settings(words)["freeze_policy"]["groups"]["conv_in"]["lr_scale"] == 10
+
+
+def test_video_inpainting_is_trained_as_published(full):
+    words = [*full, "experiment=diffueraser"]
+    chain = config.stages(config.settings(words)["chain"], words)
+    first, second = (config.settings(own) for own in chain.values())
+    assert [stage["experiment"] for stage in (first, second)] == ["diffueraser_stage1", "diffueraser_stage2"]
+    assert [stage["num_frames"] for stage in (first, second)] == [10, 22]
+    assert [stage["model"]["sampler"]["num_inference_steps"] for stage in (first, second)] == [50, 20]
+    assert [stage["freeze_policy"]["train"] for stage in (first, second)] == [
+        [r"^unet\.", r"^brushnet\."],
+        [r"\.motion_modules\."],
+    ]
+    wanted = {"lr": 5e-6, "steps": 20000, "height": 512, "width": 512, "max_grad_norm": 1.0, "batch_size": 1}
+    for stage in (first, second):
+        assert {key: stage[key] for key in wanted} == wanted and stage["gradient_accumulation"] == 1
+        assert stage["checkpoint"]["every"] == stage["validation"]["every"] == 2000 and stage["validation"]["at_start"]
+        assert stage["schedule"]["_target_"].endswith("Constant") and stage["warmup_steps"] == 0
+        assert stage["optimizer"]["betas"] == [0.9, 0.999] and stage["optimizer"]["weight_decay"] == 0.01
+        assert stage["model"]["noise_schedule"]["prediction_type"] == "epsilon"
+        assert stage["data"]["repeat"] == {"davis": 10, "ytvos": 1} and stage["data"]["prompt"] == "clean background"
 
 
 def test_the_video_editor_is_trained_as_published(full):
@@ -164,7 +187,7 @@ def test_no_boolean_where_text_is_meant(path):
     known = {*schema_bools, "enabled", "_partial_", "find_unused_parameters", "job.chdir"}
     known |= {"network.gradient_checkpointing", "detach", "offload", "network.compile", "sampler.dynamic_guidance"}
     known |= {"encoder.tiling", "encoder.slicing", "dora", "rslora", "float8", "skip_padding"}
-    known |= {"empty_captions", "validation_id_token"}
+    known |= {"empty_captions", "validation_id_token", "annotations"}
     deepspeed = {"overlap_comm", "contiguous_gradients", "offload_optimizer.pin_memory"}
     known |= {f"config.zero_optimization.{key}" for key in deepspeed}
     known |= {"config.zero_allow_untested_optimizer", "config.zero_force_ds_cpu_optimizer"}

@@ -178,11 +178,9 @@ def test_processes():
 
 def test_names_and_places_of_runs(tmp_path):
     assert "it names a folder" in message("run=a/b")
-    assert "expected auto, none, or the folder of a checkpoint" in message("resume=last")
     assert "does not exist" in message("init_from=nowhere.safetensors")
     (tmp_path / "step_1").mkdir()
-    (tmp_path / "step_1/manifest.json").touch()
-    assert messages("resume=step_1", "init_from=step_1", "run=my_run-2.b") == []
+    assert messages("init_from=step_1", "run=my_run-2.b") == []
     assert "names learning_rate, which is no key" in message("allow_changes=[learning_rate]")
     assert "Did you mean model.network.variant?" in message("allow_changes=[model.network.varian]")
 

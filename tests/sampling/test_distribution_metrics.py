@@ -13,7 +13,13 @@ from vireo.diffusion.noise_schedule import NoiseSchedule
 from vireo.errors import UserError
 from vireo.mini import tokenizers
 from vireo.models.inception import InceptionOutput
-from vireo.sampling.distribution_metrics import ClipSimilarity, InceptionMeasures, frechet_distance, inception_score
+from vireo.sampling.distribution_metrics import (
+    ClipSimilarity,
+    InceptionMeasures,
+    VideoFid,
+    frechet_distance,
+    inception_score,
+)
 from vireo.sampling.edits import EditSampler
 from vireo.sampling.evaluation import Evaluated
 
@@ -64,7 +70,24 @@ def test_every_column_against_the_targets():
     assert all("4 pictures: not comparable" in row["note"] for row in rows.values())
 
 
+def test_vfid_compares_one_vector_of_each_clip():
+    class Means(nn.Module):
+        def forward(self, video):
+            assert video.shape[0] == 1 and video.shape[2] == 3 and video.dtype == torch.float32
+            assert video.min() >= 0 and video.max() <= 1
+            return video.mean(dim=(1, 3, 4))
+
+    evaluation = VideoFid()
+    evaluation.network = Means()
+    rows = evaluate(evaluation)
+    assert set(rows) == {"prediction", "vae", "copy-last vae", "copy-last", "copy-first"}
+    assert 0 <= rows["vae"]["vfid"] < rows["prediction"]["vfid"]
+    assert rows["vae"]["note"].startswith("4 clips: not comparable")
+    assert evaluate(evaluation, clips=1)["vae"]["vfid"] is None, "one clip has no spread"
+
+
 def test_without_weights_a_line_says_why():
+    assert "i3d_rgb_imagenet" in evaluate(VideoFid())["all"]["note"]
     assert "pt_inception" in evaluate(InceptionMeasures())["all"]["note"]
     row = evaluate(ClipSimilarity())["all"]
     assert "clip-vit-large" in row["note"] and row["to_target"] is None and row["directional"] == "n/a: no captions"

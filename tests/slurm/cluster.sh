@@ -7,6 +7,7 @@ folder=${2:-/tmp/vireo-slurm}
 hosts="127.0.0.1 vireo1 vireo2 # of tests/slurm/cluster.sh"
 
 install() {
+    if command -v slurmctld slurmd munged > /dev/null; then return; fi
     export DEBIAN_FRONTEND=noninteractive
     apt-get update -qq
     apt-get install -y -qq --no-install-recommends slurm-wlm munge

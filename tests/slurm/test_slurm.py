@@ -93,6 +93,22 @@ def test_a_sweep_of_two_jobs_of_two_processes(tmp_path, own):
     assert runs.metrics(Path(rows[0]["run"])) == own != runs.metrics(Path(rows[1]["run"]))
 
 
+def test_a_job_of_a_sweep_that_is_cancelled_stops_no_other(tmp_path):
+    command = [sys.executable, "train.py", "-m", *WORDS, "launcher=slurm", "launcher.slurm.parallel=1", "seed=0,1,2"]
+    parent = subprocess.Popen(
+        command, env=environment(tmp_path), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    began = time.monotonic()
+    while not (waiting := list(tmp_path.glob("sweeps/*/.submitit/*_1/*_submitted.pkl"))):
+        assert time.monotonic() - began < 60
+        time.sleep(0.1)
+    subprocess.run(["scancel", waiting[0].parent.name], check=True)
+    said, _ = parent.communicate(timeout=180)
+    assert parent.returncode == 1 and "job 1 (seed=1) failed (1): it was cancelled" in said, said
+    (table,) = tmp_path.glob("sweeps/*/sweep.csv")
+    assert [row["state"] for row in csv.DictReader(table.open())] == ["finished", "failed (1)", "finished"]
+
+
 def test_a_job_of_two_machines(tmp_path, own):
     call(tmp_path, sys.executable, "train.py", *WORDS, "launcher=slurm_multinode", "launcher.processes=1", "run=two")
     assert runs.metrics(tmp_path / "taehv" / "two") == own
@@ -114,6 +130,22 @@ def test_a_preempted_job_is_queued_again_and_equals_an_undisturbed_one(tmp_path,
     assert parent.returncode == 0, said
     assert "resumed from" in (folder / "train.log").read_text()
     assert runs.metrics(folder) == calm[1 if launcher == "slurm" else 2]
+
+
+def test_a_job_that_meets_its_time_limit_is_queued_again_and_equals_an_undisturbed_one(tmp_path):
+    """Slurm looks at time limits twice a minute, so the signal comes 20 to 50 s after the start, once or more often."""
+    words = [*LONG, "steps=2000", "run=limited"]
+    limits = ["launcher.slurm.minutes=1", "launcher.slurm.grace_seconds=10", "launcher.slurm.requeue=30"]
+    command = [sys.executable, "train.py", *words, "launcher=slurm", "launcher.processes=1", *limits]
+    parent = subprocess.Popen(
+        command, env=environment(tmp_path), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    calm = launch.train(*words, "run=calm", f"paths.outputs={tmp_path}").folder  # meanwhile
+    said, _ = parent.communicate(timeout=600)
+    assert parent.returncode == 0, said
+    folder = tmp_path / "taehv" / "limited"
+    assert "resumed from" in (folder / "train.log").read_text()
+    assert runs.metrics(folder) == runs.metrics(calm)
 
 
 def test_the_script_for_sbatch_is_queued_again_and_equals_an_undisturbed_run(tmp_path, calm):

@@ -1,5 +1,6 @@
 """What strategies refuse, and one process of those that are meant for several."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -7,10 +8,11 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
 from tests.strategies.ops import skip_without_ops
 from tests.toys import ToyNetwork
-from vireo import distributed, optimizers
+from vireo import distributed, optimizers, processes
 from vireo.errors import UserError
 from vireo.muon import Muon
 from vireo.strategies.replicated import Replicated
@@ -52,12 +54,75 @@ def test_one_process_that_shards_does_what_one_does(offload):
             torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-7)
 
 
+def pad_anew(self):
+    """What torch before 2.10 does with an uneven shard when it is gathered first, and later versions before."""
+    local = self.sharded_param._local_tensor
+    if local.size() != self.padded_sharded_param_size:
+        padded = local.new_zeros(self.padded_sharded_param_size)
+        padded[: len(local)] = local
+        self._sharded_param_data = padded.view(-1)
+        self.sharded_param._local_tensor = padded[: len(local)]
+
+
+def learn_unevenly(rank: int, port: int, results) -> None:
+    group = {"WORLD_SIZE": 2, "RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in group.items()})
+    found = []
+    for reset in (FSDPParam.reset_sharded_param, pad_anew):
+        FSDPParam.reset_sharded_param = reset
+        torch.manual_seed(0)
+        network, strategy = nn.Linear(4, 5), FullySharded(precision="fp32")
+        called = strategy.prepare(network, optimizers.adamw(groups(network), lr=0.1))
+        for _ in range(2):
+            strategy.backward(called(torch.ones(3, 4)).square().mean())
+            strategy.step(None)
+        found.append({name: value.tolist() for name, value in strategy.full_state().items()})
+    results.put((rank, found))
+
+
+def test_shards_that_torch_pads_anew_learn(tmp_path):
+    fork = multiprocessing.get_context("fork")
+    results, port = fork.SimpleQueue(), processes.free_port()
+    started = [fork.Process(target=learn_unevenly, args=(rank, port, results)) for rank in range(2)]
+    for one in started:
+        one.start()
+    for one in started:
+        one.join(60)
+        assert one.exitcode == 0
+    now, before = dict(results.get() for _ in started)[0]
+    torch.manual_seed(0)
+    assert now == before and now["weight"] != nn.Linear(4, 5).weight.tolist()
+
+
+def test_shards_that_have_moved_are_an_error():
+    strategy, network = FullySharded(precision="fp32"), nn.Linear(4, 5)
+    called = strategy.prepare(network, optimizers.adamw(groups(network), lr=0.1))
+    strategy.backward(called(torch.ones(3, 4)).square().mean())
+    network.weight._local_tensor = network.weight._local_tensor.clone()
+    with pytest.raises(UserError, match=r"has moved FSDP's shards in the first step, weight for one"):
+        strategy.step(None)
+
+
 def test_units_are_the_outermost_large_members_of_lists():
     block = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(10, 10), nn.Linear(10, 10)])})
     network = nn.ModuleDict({"blocks": nn.ModuleList([block, nn.Linear(2, 2)]), "head": nn.Linear(10, 10)})
     assert units(network, 100) == [block]
     assert units(network, 1000) == []
     assert units(network, 1) == [block, network["blocks"][1]]
+
+
+def test_units_of_blocks_that_are_called_in_parts():
+    class InParts(ToyNetwork):
+        def __init__(self):
+            super().__init__()
+            block = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(10, 10), nn.Linear(2, 2)])})
+            self.blocks = nn.ModuleList([block, nn.Linear(10, 10)])
+
+        def called_in_parts(self):
+            return [self.blocks[0]]
+
+    network = InParts()
+    assert units(network, 100) == [network.blocks[1], network.blocks[0]["layers"][0]]
 
 
 def test_an_optimizer_that_needs_whole_matrices_is_refused():

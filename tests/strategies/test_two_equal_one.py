@@ -9,29 +9,14 @@ from diffusers import UNet2DConditionModel  # noqa: F401 - imported here so that
 from safetensors.torch import load_file
 
 from tests import ranks, runs
+from tests.recipes import RECIPES
 from tests.strategies.ops import skip_without_ops
 from vireo import checkpoint, config, distributed, objects
 from vireo.mini import world
 
 SHORT = ["steps=4", "checkpoint.every=2", "validation.every=null", "validation.clips=2", "logging.every=1"]
-SHORT += [
-    "validation.at_start=false",
-    "height=32",
-    "width=32",
-    "tracker=none",
-    "loader.workers=0",
-    "ema.decay=0.9",
-    "launcher.timeout=60",
-]
-TINY = [word for word in runs.TINY if word.startswith(("model", "++model"))]
-RECIPES = {
-    "taehv": ["experiment=taehv", *TINY],
-    "taehv_seraena": ["experiment=taehv_seraena", *TINY],
-    "ip2p_video": ["experiment=ip2p_video", "cache=off", "model.sampler.num_inference_steps=2"],
-}
-# The discriminator turns small differences into larger ones.
-TOLERANCE = {"taehv": 1e-5, "taehv_seraena": 1e-3, "ip2p_video": 1e-5}
-QUICK, FULL = ("taehv", "ip2p_video"), tuple(RECIPES)
+SHORT += ["validation.at_start=false", "tracker=none", "loader.workers=0", "ema.decay=0.9", "launcher.timeout=60"]
+QUICK, FULL = tuple(name for name, recipe in RECIPES.items() if recipe.quick), tuple(RECIPES)
 full = pytest.mark.full
 STRATEGIES = [
     pytest.param(("ddp", QUICK), id="ddp-quick"),
@@ -44,8 +29,17 @@ STRATEGIES = [
 ]
 
 
+def halved(recipe: str) -> str:
+    """The name of a recipe's run in which each process does half of its share at a time."""
+    return f"{recipe}, accumulated"
+
+
 def make(root: Path, recipe: str, *words: str) -> Path:
-    return runs.make(root, [*RECIPES[recipe], *SHORT, *words], shrunk=False)
+    return runs.make(root, [*asked(recipe), *words], shrunk=False)
+
+
+def asked(recipe: str) -> list[str]:
+    return [f"experiment={recipe}", *RECIPES[recipe].words, *SHORT]
 
 
 def poison() -> None:
@@ -74,7 +68,7 @@ def poison() -> None:
 def again(source: Path, target: Path, *words: str) -> Path:
     """A copy of a stopped run that goes on in another way: strategy, and how the global batch is shared out."""
     shutil.copytree(source, target)
-    settings = config.settings([*RECIPES["taehv"], *SHORT, *words])
+    settings = config.settings([*asked("taehv"), *words])
     config.save_resolved(settings, target / "resolved.yaml")
     return target
 
@@ -113,7 +107,9 @@ def spread(request, alone, tmp_path_factory):
     chosen += ["strategy.unit=1000"] if strategy.startswith("fsdp") else []
     halves = ["batch_size=1", "gradient_accumulation=2", *chosen]
     folders = {recipe: make(root, recipe, "batch_size=2", "gradient_accumulation=1", *chosen) for recipe in recipes}
-    folders["halves"] = make(root, "taehv", *halves)
+    for recipe in recipes:
+        if RECIPES[recipe].accumulates:
+            folders[halved(recipe)] = make(root, recipe, *halves)
     folders["stopped"] = make(root, "taehv", *halves, "run=stopped", "preempt_at=2")
     folders["poisoned"] = make(root, "taehv", *halves, "run=poisoned")
     folders["from one"] = again(alone("stopped"), root / "from_one", "batch_size=2", "gradient_accumulation=1", *chosen)
@@ -128,6 +124,12 @@ def spread(request, alone, tmp_path_factory):
         assert found == [0, 0] or stopped or name == "stopped", log
     assert len(codes) == len(order)
     return folders
+
+
+def test_no_recipe_is_left_out():
+    there = {path.stem for path in (config.conf_dir() / "experiment").glob("*.yaml")}
+    chains = {name for name in there if config.settings([f"experiment={name}"])["chain"]}
+    assert there - chains == RECIPES.keys(), "tests/recipes.py has a line for each file of conf/experiment"
 
 
 def losses(folder: Path) -> torch.Tensor:
@@ -149,22 +151,27 @@ def close(one: dict, two: dict, rtol: float = 1e-4, atol: float = 1e-6) -> None:
 
 def test_losses_are_those_of_one_process(spread, alone):
     for recipe in spread.keys() & RECIPES.keys():
-        torch.testing.assert_close(losses(spread[recipe]), losses(alone(recipe)), rtol=TOLERANCE[recipe], atol=0)
+        tolerance = RECIPES[recipe].tolerance
+        torch.testing.assert_close(losses(spread[recipe]), losses(alone(recipe)), rtol=tolerance, atol=0)
         assert len(losses(spread[recipe])) == 4
 
 
 def test_half_precision_is_that_of_one_process(spread, alone):
     if "bf16" in spread:
         torch.testing.assert_close(losses(spread["bf16"]), losses(alone("bf16")), rtol=2e-2, atol=0)
-        assert not torch.equal(losses(spread["bf16"]), losses(spread["halves"]))
+        assert not torch.equal(losses(spread["bf16"]), losses(spread[halved("taehv")]))
 
 
 def test_accumulation_is_a_larger_batch(spread, alone):
-    torch.testing.assert_close(losses(spread["halves"]), losses(alone("taehv")), rtol=1e-5, atol=0)
+    for recipe, about in RECIPES.items():
+        if halved(recipe) in spread:
+            torch.testing.assert_close(
+                losses(spread[halved(recipe)]), losses(alone(recipe)), rtol=about.tolerance, atol=0
+            )
 
 
 def test_exports_and_checkpoints_are_those_of_one_process(spread, alone):
-    for recipe in spread.keys() & {"taehv", "ip2p_video"}:
+    for recipe in (name for name in spread if name in RECIPES and RECIPES[name].accumulates):
         close(exported(spread[recipe]), exported(alone(recipe)))
         here, there = checkpoint.latest(spread[recipe]), checkpoint.latest(alone(recipe))
         assert here is not None and there is not None
@@ -173,8 +180,8 @@ def test_exports_and_checkpoints_are_those_of_one_process(spread, alone):
 
 
 def test_it_resumes_bitwise(spread):
-    assert runs.metrics(spread["stopped"]) == runs.metrics(spread["halves"])
-    one, two = checkpoint.latest(spread["stopped"]), checkpoint.latest(spread["halves"])
+    assert runs.metrics(spread["stopped"]) == runs.metrics(spread[halved("taehv")])
+    one, two = checkpoint.latest(spread["stopped"]), checkpoint.latest(spread[halved("taehv")])
     assert one is not None and two is not None and one.step == two.step == 4
     for part in ("network", "optimizer", "ema"):
         first, second = one.tensors(part), two.tensors(part)
@@ -185,7 +192,7 @@ def test_it_resumes_bitwise(spread):
 def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_both(spread):
     rows = [row for row in runs.metrics(spread["poisoned"]) if "loss" in row]
     assert [row["skipped_steps"] for row in rows] == [0, 0, 1, 1]
-    clean = [row for row in runs.metrics(spread["halves"]) if "loss" in row]
+    clean = [row for row in runs.metrics(spread[halved("taehv")]) if "loss" in row]
     assert [row["loss"] for row in rows[:2]] == [row["loss"] for row in clean[:2]]
     found = checkpoint.latest(spread["poisoned"])
     assert found is not None and found.state["skipped"] == 1
@@ -205,7 +212,7 @@ def test_one_process_goes_on_where_it_stopped(spread, alone, tmp_path):
     shutil.rmtree(checkpoint.folder_of(folder, 4))
     (folder / "finished").unlink()
     config.save_resolved(
-        config.settings([*RECIPES["taehv"], *SHORT, "batch_size=4", "gradient_accumulation=1", "strategy=single"]),
+        config.settings([*asked("taehv"), "batch_size=4", "gradient_accumulation=1", "strategy=single"]),
         folder / "resolved.yaml",
     )
     assert runs.work(folder) == 0, (folder / "train.log").read_text()

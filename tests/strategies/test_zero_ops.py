@@ -1,4 +1,5 @@
 import multiprocessing
+import sys
 import threading
 import time
 
@@ -41,11 +42,14 @@ def test_one_process_builds_at_a_time_and_a_killed_one_holds_nothing(tmp_path):
     assert entered.wait(10)
 
 
-def test_what_was_compiled_is_kept_by_versions(tmp_path, monkeypatch):
+def test_what_was_compiled_is_kept_by_versions_and_environment(tmp_path, monkeypatch):
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     own = zero_ops.folder()
     assert own.parent == tmp_path / "vireo" / "torch_extensions" and "torch" in own.name and "deepspeed" in own.name
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(sys, "prefix", "/another/environment")
+        assert zero_ops.folder().parent == own.parent and zero_ops.folder() != own
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "theirs"))
     assert zero_ops.folder() == tmp_path / "theirs" / own.name
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(zero_ops.folder()))

@@ -1,6 +1,7 @@
 """Configs: composed from YAML files and `key=value` words, validated before anything heavy is imported, resolved.
 
 schema          what vireo itself reads: names, types, meanings, defaults
+chains          the stages of a chain as words
 search          where the YAML files are
 composition     words -> config; mistakes that Hydra cannot compose, told in one message
 validation      all mistakes of a composed config (knobs, targets, sizes, defaults lists, interpolations)
@@ -11,6 +12,7 @@ instantiation   settings -> objects
 describe        help texts, a run's first lines
 """
 
+from vireo.config.chains import stages
 from vireo.config.composition import compose, explain_mistakes, problems, require_sweeper, swept
 from vireo.config.describe import banner, describe_experiments, experiments, public
 from vireo.config.identity import (
@@ -42,5 +44,5 @@ __all__ = [
     "Problem", "banner", "cache_name", "change", "compose", "conf_dir", "config_hash", "describe_experiments",
     "differences", "experiments", "explain_mistakes", "from_text", "instantiate", "load_resolved", "outputs_folder",
     "problems", "public", "register", "report", "require_sweeper", "resolve", "run_folder", "run_name",
-    "save_resolved", "settings", "settled", "source_hash", "swept", "text_hash", "to_text", "validate",
+    "save_resolved", "settings", "settled", "source_hash", "stages", "swept", "text_hash", "to_text", "validate",
 ]  # fmt: skip

@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,13 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vireo.config import defaults_lists, places, targets
+from vireo.config import chains, defaults_lists, places, targets
 from vireo.config.interpolation import unresolved
 from vireo.config.places import COMMAND_LINE
 from vireo.config.problems import Problem, did_you_mean, nearest_key, report
 from vireo.config.schema import Config
 from vireo.config.search import NAME, register, searching
+from vireo.config.sizes import FOLDERS
 from vireo.config.validation import validate
 from vireo.errors import UserError
 
@@ -51,15 +53,33 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
             raise UserError(report(diagnose(words, error))) from None
 
 
-def problems(overrides: Sequence[str]) -> list[Problem]:
-    """Everything that is wrong with the config of these words; empty if nothing is."""
+def problems(overrides: Sequence[str], folders: Sequence[str] = FOLDERS) -> list[Problem]:
+    """Everything that is wrong with the config of these words; empty if nothing is. folders: see `judge`."""
     register()
     with searching():
         words = [_in_hydras_spelling(word) for word in overrides]
         try:
-            return validate(hydra.compose(NAME, words), words)
+            cfg = hydra.compose(NAME, words)
         except COMPOSE_ERRORS as error:
             return diagnose(words, error)
+        return judge(cfg, words, folders)
+
+
+def judge(cfg: DictConfig, words: Sequence[str], folders: Sequence[str] = FOLDERS) -> list[Problem]:
+    """Everything that is wrong with a composed config and, of a chain, with its stages; empty if nothing is.
+
+    folders: of `paths`, whose files have to be there.
+    """
+    of_all, chain = validate(cfg, words, folders), unresolved(cfg)["chain"]
+    if not chain:
+        return of_all
+    found = [*of_all, *chains.check(chain)]
+    if len(found) > len(of_all):
+        return found
+    for name, own in chains.stages(chain, words).items():
+        mistakes = [problem for problem in problems(own, folders) if problem not in of_all]
+        found += [replace(problem, key=f"chain.{name}: {problem.key}") for problem in mistakes]
+    return found
 
 
 @contextmanager
@@ -105,7 +125,7 @@ def _in_hydras_spelling(word: str) -> str:
         return "hydra/sweeper=search"
     group, equals, option = word.lstrip("~").partition("=")
     if not (option == "null" if equals else word.startswith("~")) or not places.is_group(group):
-        return word
+        return f"++{word}" if group.startswith("chain.") else word  # a stage may have keys that no file sets
     return f"{group}=none" if places.is_option(group, "none") else f"~{group}"
 
 

@@ -10,8 +10,8 @@ from typing import Any
 # Nothing of this changes what a run learns: where and on how many processes it runs, what is looked at and kept, how
 # it is called. (The size is in its numbers; `interpolations` only says where values come from.)
 NOT_PART_OF_A_RUN = (
-    "run", "resume", "preempt_at", "notes", "tags", "allow_changes", "allow_targets", "interpolations", "machine",
-    "mini_of", "launcher", "strategy", "logging", "tracker", "validation", "checkpoint", "loader", "faults",
+    "run", "resume", "preempt_at", "max_hours", "notes", "tags", "allow_changes", "allow_targets", "interpolations",
+    "machine", "mini_of", "launcher", "strategy", "logging", "tracker", "validation", "checkpoint", "loader", "faults",
     "cache", "paths.outputs", "model.sampler", "model.checks", "model.evaluations",
 )  # fmt: skip
 LENGTH = ("steps", "epochs")
@@ -110,7 +110,9 @@ def _facts(resolved: dict[str, Any]) -> dict[str, Any]:
     """Flat values by dotted key, only what shapes the result; folders inside values by their name in `paths`."""
     paths = resolved["paths"]
     facts = {key: value for key, value in _flat(resolved) if not _within(key, NOT_PART_OF_A_RUN)}
-    for folder in ("data", "weights"):
+    if not resolved["chain"]:
+        del facts["chain"]
+    for folder in ("data", "weights", "outputs"):  # the last holds what a chain's stage starts from
         root = paths.get(folder)
         for key, value in facts.items():
             if root and isinstance(value, str) and key != f"paths.{folder}":

@@ -13,36 +13,47 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from vireo.config import identity, interpolation, places, schema, targets
-from vireo.config.composition import apply, compose
+from vireo.config.composition import apply, compose, judge
 from vireo.config.problems import Problem, report
 from vireo.config.sizes import FOLDERS
 from vireo.config.validation import validate
 from vireo.errors import UserError
 
 
-def settings(overrides: Sequence[str], folders: Sequence[str] = FOLDERS) -> dict[str, Any]:
+def settings(
+    overrides: Sequence[str],
+    swept: Sequence[str] = (),
+    init_from: str | None = None,
+    folders: Sequence[str] = FOLDERS,
+) -> dict[str, Any]:
     """Composed, validated and resolved: what a run with these words is made of. Raises UserError with all mistakes.
 
-    folders: of `paths`, whose files have to be there; "data" alone for what needs no weights.
+    swept, init_from: see `settled`. folders: of `paths`, whose files have to be there; "data" alone for what needs no
+    weights.
     """
-    return settled(compose(overrides), overrides, folders=folders)
+    return settled(compose(overrides), overrides, swept, init_from, folders)
 
 
 def settled(
     cfg: DictConfig,
     overrides: Sequence[str] | None = None,
     swept: Sequence[str] = (),
+    init_from: str | None = None,
     folders: Sequence[str] = FOLDERS,
 ) -> dict[str, Any]:
     """A composed config as the settings of a run: validated, resolved, with its run's name.
 
     overrides: the words it was composed from; None asks the running Hydra app. swept: keys that stand first in the
-    run's name. folders: as for `settings`. Raises UserError with all mistakes.
+    run's name. init_from: takes the place of the config's own. folders: as for `settings`. Raises UserError with all
+    mistakes.
     """
     words = list(HydraConfig.get().overrides.task) if overrides is None else list(overrides)
-    problems = validate(cfg, words, folders)
+    problems = judge(cfg, words, folders)
     if problems:
         raise UserError(report(problems))
+    if init_from is not None:
+        cfg = cfg.copy()
+        cfg.init_from = init_from
     return identity.named(resolve(cfg), words, swept)
 
 

@@ -72,6 +72,7 @@ class Validation:
     metric: str = knob("the figure that says which checkpoint is best", "psnr")
     higher_is_better: bool = knob("whether a greater value of that figure is the better one", True)
     fps: float | None = knob("frames per second of the videos written for people; null: the clips' own", None, above=0)
+    gif: bool = knob("whether these videos are also written as GIFs", False)
 
 
 @dataclass
@@ -83,6 +84,7 @@ class Ema:
 class Faults:
     max_consecutive_skips: int = knob("steps in a row without a finite gradient that end the run", 10, at_least=1)
     max_consecutive_save_failures: int = knob("failed checkpoints in a row that end the run", 3, at_least=1)
+    max_loss_rise: float | None = knob("no update where the loss is above so many times its mean", None, above=1)
 
 
 @dataclass
@@ -173,12 +175,14 @@ class Config:
     num_frames: int = knob("frames that the network is conditioned on or makes", at_least=1)
     height: int = knob("pixels", at_least=1)
     width: int = knob("pixels", at_least=1)
+    max_hours: float | None = knob("stop after so many hours as a preempted job does; null: never", None, above=0)
     precision: Precision = knob("auto: bf16 where the GPU has it, else fp32", Precision.auto)
 
     run: str | None = knob("name of the run's folder; without one: the overrides in short and a hash", None)
     resume: str = knob("auto: go on from the newest checkpoint; none: afresh; or a checkpoint's folder", "auto")
     preempt_at: int | None = knob("stop after this step as a preempted job does, and start again", None, at_least=2)
     init_from: str | None = knob("a run, an export or a file to take the initial weights from", None)
+    chain: dict[str, Any] = some("experiments that run one after the other, each from the one before's export", dict)
     allow_changes: list[str] = some("keys that may differ from the run that is resumed")
     allow_targets: list[str] = some("further packages that a _target_ may name, e.g. [my_package]")
     notes: str = knob("free text, kept with the run", "")

@@ -65,11 +65,9 @@ def _check_run(values: dict[str, Any]) -> Iterator[Problem]:
     if isinstance(strategy, dict) and strategy.get("processes") == "one" and processes not in (1, "1", None):
         message = f"is {processes}, and strategy=single runs one process: choose strategy=ddp"
         yield Problem("launcher.processes", message)
-    run, resume = known.get("run"), known.get("resume")
+    run = known.get("run")
     if isinstance(run, str) and not RUN_NAME.fullmatch(run):
         yield Problem("run", f"is {run!r}; expected letters, digits and - _ . only: it names a folder")
-    if isinstance(resume, str) and resume not in ("auto", "none") and not (Path(resume) / "manifest.json").is_file():
-        yield Problem("resume", f"is {resume!r}; expected auto, none, or the folder of a checkpoint (there is none)")
     init_from = known.get("init_from")
     if isinstance(init_from, str) and not Path(init_from).expanduser().exists():
         yield Problem("init_from", f"is {init_from!r}, which does not exist; expected a run, an export or a file")

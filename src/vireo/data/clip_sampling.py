@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+import numpy as np
+
 from vireo.randomness import Draws
 
 Pad = Literal["repeat_last", "loop", "error"]
@@ -84,3 +86,16 @@ def fill_up(indices: list[int], num_frames: int, pad: Pad) -> list[int]:
     if pad == "loop":
         return [indices[k % len(indices)] for k in range(num_frames)]
     return indices + [indices[-1]] * missing
+
+
+def spread_clip(length: int, num_frames: int, step: float, start: float) -> list[int]:
+    """`num_frames` indices, `step` apart, or closer together where the video is too short for that.
+
+    step: may be a fraction. start: share of the places where the clip can begin, in [0, 1). A video of fewer frames
+    gives all of them and the first ones again, in order. OpenS2V's rule, for which a short video is a slow one.
+    """
+    if length <= num_frames:
+        return sorted(k % length for k in range(num_frames))
+    span = min(length, round((num_frames - 1) * step) + 1)
+    first = int(start * (length - span + 1))
+    return np.linspace(first, first + span - 1, num_frames).astype(int).tolist()

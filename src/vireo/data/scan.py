@@ -41,7 +41,7 @@ def scan(videos: Mapping[str, Path], root: Path) -> dict[str, Finding]:
     cache = _folder() / f"{hashlib.blake2b(os.fsencode(root.resolve()), digest_size=12).hexdigest()}.json"
     remembered = _remembered(cache, identities)
     if len(remembered) < len(videos):
-        with _one_process(cache.with_suffix(".lock")):
+        with one_process(cache.with_suffix(".lock")):
             remembered = _remembered(cache, identities)  # perhaps by the process that was waited for
             remembered |= _probe_all({n: p for n, p in videos.items() if n not in remembered}, identities, cache, root)
     return {name: remembered[name] for name in videos}
@@ -131,18 +131,18 @@ def _remember(
 
 
 @contextmanager
-def _one_process(lock_file: Path) -> Iterator[None]:
+def one_process(lock_file: Path) -> Iterator[None]:
     """Hold a file lock, which the system gives back if the process dies; go on without one where there can be none."""
     try:
         lock_file.parent.mkdir(parents=True, exist_ok=True)
         lock = lock_file.open("a")
     except OSError as error:
-        logger.warning("the scan cannot be shared between processes: %s", error)
+        logger.warning("%s cannot be locked, so every process works for itself: %s", lock_file, error)
         yield
         return
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:
-            logger.warning("the scan cannot be shared between processes: %s", error)
+            logger.warning("%s cannot be locked, so every process works for itself: %s", lock_file, error)
         yield

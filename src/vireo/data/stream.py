@@ -231,6 +231,7 @@ def collate(samples: list[dict[str, Any]], views: bool = True) -> dict[str, Any]
     """Stack tensors along a new first axis; strings and the rest become lists. `position` is int64 (B,).
 
     views: whether one and the same tensor in all samples, such as a null prompt, may become a view without copies.
+    Raises UserError for tensors of different shapes.
     """
     batch: dict[str, Any] = {}
     for key in samples[0]:
@@ -240,6 +241,11 @@ def collate(samples: list[dict[str, Any]], views: bool = True) -> dict[str, Any]
             batch[key] = values
         elif views and len(values) > 1 and all(value is first for value in values):
             batch[key] = first.expand(len(values), *first.shape)
+        elif len({value.shape for value in values}) > 1:
+            shapes = ", ".join(str(tuple(value.shape)) for value in values)
+            raise UserError(
+                f"samples of one batch differ in shape, {key}: {shapes}; batch_size=1 takes them one by one"
+            )
         else:
             batch[key] = torch.stack(values)
     batch["position"] = torch.tensor(batch["position"], dtype=torch.int64)

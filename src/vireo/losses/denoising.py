@@ -98,26 +98,39 @@ class Denoising(Loss):
         Draws: "timestep", "noise"; "condition_dropout" and "history_dropout" where there is something to decide.
         """
         clean = batch["latents"].float()
-        timesteps = self.timesteps(draws)
+        timesteps = self.timesteps(draws, clean)
         noise = draws.normal("noise", *clean.shape[1:])
         noisy = self.noise_schedule.add_noise(clean, noise, timesteps)
         prediction = network(noisy, timesteps, **self.conditions(batch, draws)).float()
         target = self.noise_schedule.target(clean, noise, timesteps)
-        gamma = self.min_snr_gamma if self.learning else None
-        if not (gamma or self.skip_padding or (self.learning and self.by_timestep)):
+        if self.is_plain:
             return Objective(F.mse_loss(prediction, target), {})
-        errors = _sample_means((prediction - target).square(), batch["padding_frames"] if self.skip_padding else None)
+        errors = self.means((prediction - target).square(), batch)
         metrics = self.by_timestep(timesteps, errors.detach()) if self.learning and self.by_timestep else {}
-        if gamma:
-            errors = errors * self.noise_schedule.min_snr_weights(timesteps, gamma)
+        if self.learning and self.min_snr_gamma is not None:
+            errors = errors * self.noise_schedule.min_snr_weights(timesteps, self.min_snr_gamma)
         return Objective(errors.mean(), metrics)
 
-    def timesteps(self, draws: Draws) -> Tensor:
-        """int64 (B,). Validation's are uniform, or pinned to its grid."""
+    @property
+    def is_plain(self) -> bool:
+        """Whether the mean over everything is all that is wanted now."""
+        of_training = self.min_snr_gamma is not None or self.by_timestep is not None
+        return not self.skip_padding and not (self.learning and of_training)
+
+    def timesteps(self, draws: Draws, clean: Tensor) -> Tensor:
+        """int64 (B,), for clean (B, ...). Validation's are uniform, or pinned to its grid."""
+        return self.drawn(draws)
+
+    def drawn(self, draws: Draws, *shape: int) -> Tensor:
+        """Places in the schedule, int64 (B, *shape)."""
         low, high = self.timestep_range
         if self.timestep_sampling == "uniform" or not self.learning:
-            return draws.integers("timestep", low, high)
-        return logit_normal(draws.normal("timestep"), low, high)
+            return draws.integers("timestep", low, high, *shape)
+        return logit_normal(draws.normal("timestep", *shape), low, high)
+
+    def means(self, squares: Tensor, batch: dict) -> Tensor:
+        """Each sample's mean of the squared errors (B, ...), (B,)."""
+        return _sample_means(squares, batch["padding_frames"] if self.skip_padding else None)
 
     def to(self, device: torch.device) -> None:
         if self.by_timestep:

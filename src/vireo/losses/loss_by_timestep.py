@@ -25,10 +25,13 @@ class LossByTimestep:
     def __call__(self, timesteps: Tensor, losses: Tensor) -> dict[str, Tensor]:
         """The averages with these samples in them, by name; 0 for a bin that has seen none.
 
-        timesteps: int64 (B,). losses: float32 (B,); what is not finite is left out. Collective.
+        timesteps: in [0, num_train_timesteps], (B,), or (B, t) of which the mean counts. losses: float32 (B,); what is
+        not finite is left out. Collective.
         """
         finite = torch.isfinite(losses)
-        places = F.one_hot(timesteps * self.bins // self.count, self.bins) * finite[:, None]  # (B, bins)
+        shares = timesteps.view(len(timesteps), -1).float().mean(1) / self.count
+        bins = (shares * self.bins).long().clamp(max=self.bins - 1)
+        places = F.one_hot(bins, self.bins) * finite[:, None]  # (B, bins)
         found = torch.stack([torch.where(finite, losses, 0.0) @ places.float(), places.sum(0).float()])
         total, samples = sum_over_ranks(found)
         mean = torch.stack([total / samples.clamp(min=1), torch.ones_like(samples)])

@@ -124,25 +124,30 @@ def write_cogvideox(folder: Path, name: str) -> None:
         "transformer": ["diffusers", "CogVideoXTransformer3DModel"],
         "vae": ["diffusers", "AutoencoderKLCogVideoX"],
     }
-    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-    _write_json(folder / "model_index.json", index)
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    write_json(folder / "model_index.json", index)
     write_t5_tokenizer(folder / "tokenizer", captioned_clips.words())
     tokens = json.loads((folder / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
-    _save("transformers", "T5EncoderModel", {**T5, "vocab_size": len(tokens)}, folder / "text_encoder")
-    _save("diffusers", "CogVideoXTransformer3DModel", config, folder / "transformer", SHIPPED_TRANSFORMER)
+    save("transformers", "T5EncoderModel", {**T5, "vocab_size": len(tokens)}, folder / "text_encoder")
+    save("diffusers", "CogVideoXTransformer3DModel", config, folder / "transformer", SHIPPED_TRANSFORMER)
 
 
 def write_editor(folder: Path) -> None:
     """The pipeline's folder without its VAE, which is shipped."""
-    _write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
-    _write_json(folder / "model_index.json", PIPELINE)
+    write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
+    write_json(folder / "model_index.json", PIPELINE)
+    write_text_encoder(folder)
+    save("diffusers", "UNet2DConditionModel", UNET, folder / "unet")
+
+
+def write_text_encoder(folder: Path) -> None:
+    """`tokenizer/` and the `text_encoder/` that fits it."""
     write_clip_tokenizer(folder / "tokenizer")
     vocabulary = json.loads((folder / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
     ends = {"bos_token_id": "<|startoftext|>", "eos_token_id": "<|endoftext|>", "pad_token_id": "<|endoftext|>"}
     tokens = {name: vocabulary[token] for name, token in ends.items()}
     text_encoder = {**TEXT_ENCODER, "vocab_size": len(vocabulary), **tokens}
-    _save("transformers", "CLIPTextModel", text_encoder, folder / "text_encoder")
-    _save("diffusers", "UNet2DConditionModel", UNET, folder / "unet")
+    save("transformers", "CLIPTextModel", text_encoder, folder / "text_encoder")
 
 
 def fitted(state: dict[str, Any], trained: dict[str, Any]) -> dict[str, Any]:
@@ -174,8 +179,8 @@ def _patches(given: Any, own: Any) -> Any:
     return wide.view_as(own)
 
 
-def _save(package: str, name: str, config: dict[str, Any], folder: Path, shipped: Path | None = None) -> None:
-    """Random weights, the same wherever they are made: keyed by the class and its config.
+def made(package: str, name: str, config: dict[str, Any], shipped: Path | None = None) -> Any:
+    """A network with random weights, the same wherever it is made: keyed by the class and its config.
 
     shipped: folder of trained weights that take their place, as far as they fit, see `fitted`.
     """
@@ -192,15 +197,24 @@ def _save(package: str, name: str, config: dict[str, Any], folder: Path, shipped
     if shipped is not None and shipped.is_dir():
         trained = load_file(shipped / "diffusion_pytorch_model.safetensors")
         network.load_state_dict(fitted(network.state_dict(), trained), assign=True)
-    network.save_pretrained(folder)
+    return network
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def save(package: str, name: str, config: dict[str, Any], folder: Path, shipped: Path | None = None) -> None:
+    """Write what `made` gives as its package does."""
+    made(package, name, config, shipped).save_pretrained(folder)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":
+    from vireo.mini import eraser_networks, wan_networks  # which import this module
+
     write_editor(Path(sys.argv[1]) / EDITOR)
     for model in COGVIDEOX:
         write_cogvideox(Path(sys.argv[1]) / model, model)
+    eraser_networks.write(Path(sys.argv[1]))
+    wan_networks.write(Path(sys.argv[1]))

@@ -31,7 +31,7 @@ COLOURS = {
 }
 DIRECTIONS = {"to the left": (-1.0, 0.0), "to the right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
 
-_HEIGHT = 64.0
+HEIGHT = 64.0  # of every picture, in units of length
 _SPEED = 4.0  # of an acting object, per frame
 _PAN = 2.0  # of the camera at most, per frame
 _CONTRAST = 0.24  # of the texture, in the colour channel where it is strongest
@@ -86,8 +86,8 @@ class Scene(NamedTuple):
 def scene(seed: int, aspect: float = 1.0) -> Scene:
     """The scene of one seed, for pictures of width = aspect · height."""
     rng = np.random.default_rng(seed)
-    width = _HEIGHT * aspect
-    background = _background(rng)
+    width = HEIGHT * aspect
+    background = panning_background(rng)
     task = TASKS[rng.integers(len(TASKS))]
     num_things = 2 if task == "cover_object" else int(rng.integers(1, 4))
     things = []
@@ -111,6 +111,23 @@ def scene(seed: int, aspect: float = 1.0) -> Scene:
         for i in range(1, num_things):
             things[i] = _bystander(rng, things[i], things[:i], width)
     return Scene(task, text, tuple(things), background)
+
+
+def panning_background(rng: np.random.Generator) -> Background:
+    """A texture of four waves, with a colour and a pan of its own."""
+    colour = rng.uniform(0.35, 0.65, 3)
+    contrast = rng.normal(size=3)
+    contrast *= _CONTRAST / np.abs(contrast).max()
+    direction, phase = rng.uniform(0, 2 * np.pi, (2, 4))
+    wave_number = 2 * np.pi / rng.uniform(20, 48, 4)
+    waves = np.stack([wave_number * np.cos(direction), wave_number * np.sin(direction), phase], axis=1)
+    pan_direction, pan = rng.uniform(0, 2 * np.pi), _PAN * rng.uniform(0.5, 1)
+    return Background(
+        colour.astype(np.float32),
+        contrast.astype(np.float32),
+        waves.astype(np.float32),
+        (pan * np.cos(pan_direction), pan * np.sin(pan_direction)),
+    )
 
 
 def render(scene: Scene, frames: NDArray | None = None, height: int = 64, width: int = 64) -> NDArray[np.uint8]:
@@ -144,7 +161,7 @@ def coverage(
 
 def _grid(height: int, width: int) -> tuple[Floats, Floats]:
     """Pixel centres in units of length, (1, W) and (H, 1)."""
-    x, y = ((np.arange(n, dtype=np.float32) + 0.5) * np.float32(_HEIGHT / height) for n in (width, height))
+    x, y = ((np.arange(n, dtype=np.float32) + 0.5) * np.float32(HEIGHT / height) for n in (width, height))
     return x[None], y[:, None]
 
 
@@ -163,33 +180,17 @@ def _alpha(thing: Thing, dx: Floats, dy: Floats, height: int, grow: float = 0.0)
         distance = np.maximum(np.abs(dx), np.abs(dy)) - base
     else:
         distance = np.maximum(dy, np.sqrt(np.float32(0.75)) * np.abs(dx) - dy / 2) - base
-    return np.clip(0.5 - (distance - np.float32(grow)) * np.float32(height / _HEIGHT), 0, 1).astype(np.float32)
-
-
-def _background(rng: np.random.Generator) -> Background:
-    colour = rng.uniform(0.35, 0.65, 3)
-    contrast = rng.normal(size=3)
-    contrast *= _CONTRAST / np.abs(contrast).max()
-    direction, phase = rng.uniform(0, 2 * np.pi, (2, 4))
-    wave_number = 2 * np.pi / rng.uniform(20, 48, 4)
-    waves = np.stack([wave_number * np.cos(direction), wave_number * np.sin(direction), phase], axis=1)
-    pan_direction, pan = rng.uniform(0, 2 * np.pi), _PAN * rng.uniform(0.5, 1)
-    return Background(
-        colour.astype(np.float32),
-        contrast.astype(np.float32),
-        waves.astype(np.float32),
-        (pan * np.cos(pan_direction), pan * np.sin(pan_direction)),
-    )
+    return np.clip(0.5 - (distance - np.float32(grow)) * np.float32(height / HEIGHT), 0, 1).astype(np.float32)
 
 
 def _place(rng: np.random.Generator, radius: float, width: float) -> Point:
-    return rng.uniform(radius, width - radius), rng.uniform(radius, _HEIGHT - radius)
+    return rng.uniform(radius, width - radius), rng.uniform(radius, HEIGHT - radius)
 
 
 def _dropped(rng: np.random.Generator, thing: Thing, width: float) -> Thing:
-    x, y = rng.uniform(thing.radius, width - thing.radius), rng.uniform(0.8 * thing.radius, _HEIGHT / 3)
+    x, y = rng.uniform(thing.radius, width - thing.radius), rng.uniform(0.8 * thing.radius, HEIGHT / 3)
     rest = int(rng.integers(ACTION_FRAME, ACTION_FRAME + 3))
-    floor = _HEIGHT - _BELOW[thing.shape] * thing.radius
+    floor = HEIGHT - _BELOW[thing.shape] * thing.radius
     return thing._replace(start=(x, y), acceleration=(0.0, 2 * (floor - y) / (NUM_FRAMES - rest) ** 2), rest=rest)
 
 
@@ -203,7 +204,7 @@ def _covering(rng: np.random.Generator, thing: Thing, other: Thing, width: float
 
     def inside(angle: float) -> float:
         x, y = start(angle)
-        return min(x, width - x, y, _HEIGHT - y, thing.radius)
+        return min(x, width - x, y, HEIGHT - y, thing.radius)
 
     angle = max(rng.uniform(0, 2 * np.pi, 16), key=inside)
     return thing._replace(start=start(angle), velocity=(-speed * np.cos(angle), -speed * np.sin(angle)))
@@ -217,7 +218,7 @@ def _moved(rng: np.random.Generator, thing: Thing, direction: Point, width: floa
     def coordinate(sign: float, length: float) -> float:
         return rng.uniform(margin + travel * (sign < 0), length - margin - travel * (sign > 0))
 
-    start = coordinate(direction[0], width), coordinate(direction[1], _HEIGHT)
+    start = coordinate(direction[0], width), coordinate(direction[1], HEIGHT)
     return thing._replace(start=start, velocity=(speed * direction[0], speed * direction[1]))
 
 

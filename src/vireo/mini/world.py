@@ -82,6 +82,8 @@ PARTS: tuple[Callable[[Path], None], ...] = (write_clips, write_weights)
 PROGRAMS = {
     "vireo.mini.frame_edits": "data/frame_edits",
     "vireo.mini.captioned_clips": "data/captioned_clips",
+    "vireo.mini.masked_clips": "data",
+    "vireo.mini.subject_clips": "data/subject_clips",
     "vireo.mini.networks": "weights",
 }
 

@@ -93,12 +93,9 @@ class CogVideoX(Network):
         if self.adapter is not None and not self.adapter.merges:
             return self.adapter.save(self, folder, state)
         whole = state if self.adapter is None else self.adapter.merged(self, state)
-        target = folder / "transformer"
-        target.mkdir(parents=True, exist_ok=True)
-        self.transformer.save_config(target)
-        prefix = "transformer."
-        saved_networks.save(target, {n.removeprefix(prefix): v.to(self.dtype) for n, v in whole.items()})
-        return [target]
+        own = saved_networks.below("transformer.", whole)
+        saved_networks.save(self.transformer, {n: v.to(self.dtype) for n, v in own.items()}, folder / "transformer")
+        return [folder / "transformer"]
 
     def load(self, path: Path) -> None:
         """Take in a pipeline's folder, its `transformer/`, or, where an adapter learns, the adapter's file."""

@@ -36,7 +36,7 @@ class ImageTextEncoder(Encoder):
     Networks are loaded when they are first needed. Raises UserError for folders that do not suit.
     """
 
-    parts = ("loaded_vae", "loaded_text_encoder")
+    parts: tuple[str, ...] = ("loaded_vae", "loaded_text_encoder")
 
     def __init__(
         self,
@@ -103,13 +103,17 @@ class ImageTextEncoder(Encoder):
 
         Draws: "posterior". Where text learns, also prompt_ids and null_prompt_ids, int64 (B, L).
         """
-        mean, std = split(batch["target_moments"])
-        latents = (mean + std * draws.normal("posterior", *mean.shape[1:])) * self.scaling_factor
+        latents = self.drawn(batch["target_moments"], draws, "posterior")
         made = {"latents": latents, "condition_latents": split(batch["frame_moments"])[0]}
         if self.text_part is None:
             ids, null = self.tokenize(batch["prompt"]), self.tokenize([""])
             made |= {"prompt_ids": ids, "null_prompt_ids": null.expand(ids.shape)}
         return {**batch, **made}
+
+    def drawn(self, moments: Tensor, draws: Draws, purpose: str) -> Tensor:
+        """Scaled latents (B, ..., C, h, w), drawn from the posteriors with these moments (B, ..., 2C, h, w)."""
+        mean, std = split(moments)
+        return (mean + std * draws.normal(purpose, *mean.shape[1:])) * self.scaling_factor
 
     def check_network(self, network: nn.Module, batch: dict[str, Any]) -> None:
         """Raises UserError for encodings that are not finite, since these would poison every step.
@@ -160,8 +164,13 @@ class ImageTextEncoder(Encoder):
 
         return CLIPTokenizer.from_pretrained(self.tokenizer_folder, local_files_only=True)
 
+    @property
+    def factor(self) -> int:
+        """How many pixels a latent is high and wide."""
+        return 2 ** (len(self.vae_part.config["block_out_channels"]) - 1)
+
     def _moments(self, frames: Tensor) -> Tensor:
-        factor = 2 ** (len(self.vae_part.config["block_out_channels"]) - 1)
+        factor = self.factor
         height, width = frames.shape[-2:]
         if height % factor or width % factor:
             raise UserError(

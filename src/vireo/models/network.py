@@ -1,7 +1,7 @@
 """What every network that learns offers beside its forward."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,10 @@ class Network(nn.Module):
     """
 
     adapter: "LoRA | None" = None
+
+    def called_in_parts(self) -> Collection[nn.Module]:
+        """Modules whose parts are called one by one, their own forward never: sharding has to gather the parts."""
+        return ()
 
     @abstractmethod
     def export(self, folder: Path, state: Mapping[str, Tensor]) -> list[Path]:

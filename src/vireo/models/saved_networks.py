@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vireo.digests import file_digest
 from vireo.errors import UserError
@@ -122,12 +122,40 @@ def load(part: Part, kind: Any, dtype: torch.dtype) -> Any:
     return network.eval()
 
 
-def save(folder: Path, state: Mapping[str, Tensor], max_shard_size: str = "10GB") -> None:
-    """Write weights as diffusers' `save_pretrained` does: one safetensors file, or shards and their index."""
+def save(network: Any, state: Mapping[str, Tensor], folder: Path, max_shard_size: str = "10GB") -> None:
+    """Write a diffusers network's config and the given weights into one folder, which is made.
+
+    As its `save_pretrained` does: one safetensors file, or shards and their index.
+    """
     from huggingface_hub import save_torch_state_dict
 
+    folder.mkdir(parents=True, exist_ok=True)
+    network.save_config(folder)
     pattern = WEIGHTS[0].replace(".safetensors", "{suffix}.safetensors")
     save_torch_state_dict(dict(state), folder, filename_pattern=pattern, max_shard_size=max_shard_size)
+
+
+def tensors(part: Part) -> dict[str, Tensor]:
+    """All weights by name, as they are stored."""
+    from safetensors.torch import load_file
+
+    state: dict[str, Tensor] = {}
+    for file in part.weights:
+        state |= load_file(file)
+    return state
+
+
+def load_strictly(network: nn.Module, state: Mapping[str, Tensor], source: str | Path, assign: bool = False) -> None:
+    """`load_state_dict`. Raises UserError with what is missing, unexpected, or of another shape."""
+    try:
+        network.load_state_dict(state, assign=assign)
+    except RuntimeError as error:
+        raise UserError(f"{source} does not fit this network: {error}") from None
+
+
+def below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The part of a state whose names begin so, without that beginning."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def digest(text: str, files: list[Path]) -> str:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vireo.diffusion.noise_schedule import NoiseSchedule
@@ -114,15 +113,13 @@ class VideoEditor(Network):
 
     def _write(self, folder: Path, state: Mapping[str, Tensor]) -> list[str]:
         """What an export makes itself; returns the parts that it takes over."""
-        (folder / "unet").mkdir(parents=True, exist_ok=True)
-        unet = {name: value.contiguous() for name, value in _below("unet.", state).items()}
-        self.unet.save_config(folder / "unet")
-        save_file(unet, folder / "unet" / saved_networks.WEIGHTS[0], metadata={"format": "pt"})
+        saved_networks.save(self.unet, saved_networks.below("unet.", state), folder / "unet")
         parts = ["vae", "tokenizer"]
         if self.text_encoder is None:
             parts.append("text_encoder")
         else:
-            self.text_encoder.save_pretrained(folder / "text_encoder", state_dict=_below("text_encoder.", state))
+            text_encoder = saved_networks.below("text_encoder.", state)
+            self.text_encoder.save_pretrained(folder / "text_encoder", state_dict=text_encoder)
         scheduler = self.pipeline.scheduler(self.noise_schedule)
         scheduler.save_pretrained(folder / "scheduler")
         classes = {**CLASSES, "scheduler": ("diffusers", type(scheduler).__name__)}
@@ -134,16 +131,15 @@ class VideoEditor(Network):
     def load(self, path: Path) -> None:
         """Take in a pipeline's folder or its `unet/`, as `unet` of the class does; a learning text encoder as well."""
         part = saved_networks.find(path, "unet", "init_from")
-        state: dict[str, Tensor] = {}
-        for file in part.weights:
-            state |= load_file(file)
+        state = saved_networks.tensors(part)
         weight = state.get("conv_in.weight")
         if weight is not None:
             state["conv_in.weight"] = widened(weight, self.num_condition_frames, str(part.folder))
-        _load_strictly(self.unet, state, part.folder)
+        saved_networks.load_strictly(self.unet, state, part.folder)
         if self.text_encoder is not None:
             folder = part.folder.parent / "text_encoder"
-            _load_strictly(self.text_encoder, _load_text_encoder(str(folder), "init_from").state_dict(), folder)
+            text_encoder = _load_text_encoder(str(folder), "init_from")
+            saved_networks.load_strictly(self.text_encoder, text_encoder.state_dict(), folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,17 +213,6 @@ def _load_text_encoder(path: str, key: str = "model.network.text_encoder") -> An
     from transformers import CLIPTextModel
 
     return saved_networks.load(saved_networks.find(path, "text_encoder", key), CLIPTextModel, torch.float32)
-
-
-def _below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-
-
-def _load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: Path) -> None:
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(f"{source} does not fit this network: {error}") from None
 
 
 class _Pipeline:

@@ -1,4 +1,4 @@
-"""FID and Inception Score of predictions, and what CLIP says of them. Their weights are the user's files."""
+"""FID, VFID and Inception Score of predictions, and what CLIP says of them. Their weights are the user's files."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vireo.errors import UserError
+from vireo.models import i3d
 from vireo.models.inception import FILE, Inception
 from vireo.pixels import as_8_bit, to_uint8
 from vireo.sampling.columns import columns, scored
 from vireo.sampling.evaluation import Evaluated
 
+ENOUGH_VIDEOS = 50
 ENOUGH = 2000  # pictures below which FID says more about their number than about them
 
 
@@ -53,6 +55,35 @@ class InceptionMeasures:
             note = f"{few} pictures: not comparable with figures of other sets below {ENOUGH}" if few < ENOUGH else ""
             score = inception_score(torch.cat(logits[name]))
             rows.append({"column": name, "fid": distance, "inception_score": score, "note": note})
+        return rows
+
+
+class VideoFid:
+    """VFID of every column against the targets: FID of I3D's features, one vector a clip (Wang et al. 2018), the same
+    features as papers on video inpainting take.
+
+    Rows: {"column", "vfid", "note"}. weights: the file `vireo.models.i3d.FILE`; None measures nothing and says so.
+    """
+
+    def __init__(self, weights: str | None = None) -> None:
+        self.network = None if weights is None else i3d.I3D(weights)
+
+    @torch.no_grad()
+    def __call__(self, given: Evaluated) -> Sequence[Mapping[str, Any]]:
+        """See `vireo.sampling.evaluation.Evaluation`."""
+        if self.network is None:
+            why = f"not measured: weights names no file; {i3d.FILE} is meant"
+            return [{"column": "all", "vfid": None, "note": why}]
+        self.network.to(given.device)
+        features: dict[str, list[Tensor]] = defaultdict(list)
+        for _, videos in columns(given):
+            for name, video in {**scored(videos), "target": videos["target"]}.items():
+                features[name].append(self.network(as_8_bit(video)[None]))
+        target, rows = features.pop("target"), []
+        few = f"{len(target)} clips: not comparable with figures of other sets" if len(target) < ENOUGH_VIDEOS else ""
+        for name, those in features.items():
+            distance = frechet_distance(those, target) if len(target) > 1 else None
+            rows.append({"column": name, "vfid": distance, "note": few})
         return rows
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vireo.diffusion.guidance import TwoScaleGuidance
 from vireo.errors import UserError
-from vireo.metrics import decibels
+from vireo.metrics import decibels, mean_where
 from vireo.pixels import as_8_bit, to_pixels, to_uint8
 from vireo.randomness import Draws
 from vireo.sampling.denoising_loop import denoise
@@ -180,8 +180,8 @@ class EditSampler(Sampler):
             prefix = "" if title == "prediction" else f"{title}/"
             error = (as_8_bit(column) - target).double()
             figures[f"{prefix}l1"] = error.abs().mean(dim=(1, 2, 3, 4))
-            figures[f"{prefix}changed_l1"] = _mean_where(region, error.abs())
-            figures[f"{prefix}changed_psnr"] = decibels(_mean_where(region, error.square()))
+            figures[f"{prefix}changed_l1"] = mean_where(region, error.abs())
+            figures[f"{prefix}changed_psnr"] = decibels(mean_where(region, error.square()))
         return figures
 
     def changed(self, batch: Mapping[str, Any]) -> Tensor:
@@ -198,9 +198,3 @@ def _mode(moments: Tensor) -> Tensor:
 def _decoded(encoder: Any, latents: Tensor) -> Tensor:
     """Scaled latents (B, C, h, w) to pixels (B, 1, 3, H, W) in [0, 1]."""
     return encoder.decode(latents).float().clamp(0, 1)[:, None]
-
-
-def _mean_where(region: Tensor, values: Tensor) -> Tensor:
-    """Mean over the pixels of a region, all colours: bool (B, 1, 1, H, W), (B, 1, 3, H, W) -> (B,)."""
-    chosen = region.expand_as(values).to(values.dtype)
-    return (values * chosen).sum(dim=(1, 2, 3, 4)) / chosen.sum(dim=(1, 2, 3, 4))

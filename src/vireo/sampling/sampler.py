@@ -12,9 +12,11 @@ class Sampler:
     """Turns a batch into named videos: float pixels in [0, 1], (B, T, C, H, W).
 
     unscored: names of columns that are for the eyes only. Every other column with the target's shape is scored.
+    result: the column that is what people want of it, which `vireo sample` writes by itself for files of theirs.
     """
 
     unscored: Collection[str] = ()
+    result = "prediction"
 
     def __call__(self, network: nn.Module, encoder: Any, batch: dict, draws: Draws) -> dict[str, Tensor]:
         """Always with "prediction", with "target" where there is a truth; the rest is worth seeing beside them."""

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from vireo import distributed, optimizers
+from vireo.errors import UserError
+from vireo.models.network import Network
 from vireo.strategies.strategy import (
     Strategy,
     asked_processes,
@@ -40,6 +43,8 @@ class FullySharded(Strategy):
     offload: parts, moments and the update are on the CPU, pinned where there is a GPU.
     precision: fp32, bf16 or auto, by autocast from float32 weights as in `Replicated`. timeout: see there.
     """
+
+    forward_is_local = False  # it gathers parameters
 
     def __init__(
         self, offload: bool = False, unit: int = 1_000_000, precision: str = "auto", timeout: float = 1800
@@ -70,10 +75,15 @@ class FullySharded(Strategy):
         for module in [*units(network, self.unit), network]:
             # The root, too, is sharded again after its forward: otherwise its parts would not be what is called.
             fully_shard(module, mesh=self.mesh, reshard_after_forward=True, offload_policy=policy)
+            # What is gathered first is laid out anew by some versions of torch (padded), and parts must not move later.
+            unit: Any = module  # an FSDPModule from now on
+            unit.unshard()
+            unit.reshard()
         self.trained = {n: p for n, p in network.named_parameters() if p.requires_grad}
         self.local = {name: nn.Parameter(part) for name, part in self.parts().items()}
         for group in optimizer.param_groups:
             group["params"] = [self.local[name] for name in group["param_names"]]
+        self.checked = False
         return network
 
     @contextmanager
@@ -83,7 +93,19 @@ class FullySharded(Strategy):
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
+    def _check_parts(self) -> None:
+        """Raises UserError if the parts that are updated are no longer those that are gathered."""
+        moved = [name for name, part in self.parts().items() if part.data_ptr() != self.local[name].data_ptr()]
+        if moved:
+            raise UserError(
+                f"torch {torch.__version__} has moved FSDP's shards in the first step, {moved[0]} for one, so they "
+                "would not learn. Use another version of torch, or strategy=zero3"
+            )
+
     def step(self, max_norm: float | None) -> Tensor:
+        if not self.checked:
+            self._check_parts()
+            self.checked = True
         gradients = []
         for name, parameter in self.trained.items():
             if isinstance(parameter.grad, DTensor):
@@ -148,13 +170,18 @@ class FullySharded(Strategy):
 
 
 def units(network: nn.Module, at_least: int) -> list[nn.Module]:
-    """The members of lists of modules that have at least so many parameters, none inside another one."""
+    """The members of lists of modules that have at least so many parameters, none inside another one.
+
+    Of members that the network calls in parts, these parts.
+    """
+    in_parts = network.called_in_parts() if isinstance(network, Network) else ()
     found: list[nn.Module] = []
     inside: set[nn.Module] = set()
     for module in network.modules():
         if isinstance(module, nn.ModuleList | nn.Sequential) and module not in inside:
             for member in module:
-                if sum(p.numel() for p in member.parameters()) >= at_least and member not in inside:
+                large = sum(p.numel() for p in member.parameters()) >= at_least
+                if large and member not in inside and member not in in_parts:
                     found.append(member)
                     inside.update(member.modules())
     return found

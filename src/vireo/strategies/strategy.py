@@ -23,6 +23,7 @@ class Strategy(ABC):
 
     device: torch.device
     precision: str  # fp32, bf16 or fp16: what the network computes in
+    forward_is_local: bool = True  # a forward pass waits for no other process, so one that failed can be made again
 
     @abstractmethod
     def prepare(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:

@@ -128,6 +128,10 @@ class Zero(Strategy):
     def shards(self) -> bool:
         return self.config["zero_optimization"]["stage"] == 3
 
+    @property
+    def forward_is_local(self) -> bool:  # type: ignore[override]
+        return not self.shards
+
     def parts(self) -> dict[str, Tensor]:
         return {name: (p.ds_tensor if self.shards else p).detach() for name, p in self.trained.items()}
 

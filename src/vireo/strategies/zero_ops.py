@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import sys
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -24,8 +25,11 @@ log = logging.getLogger(__name__)
 
 
 def folder() -> Path:
-    """Where compiled extensions are kept: by versions, below $TORCH_EXTENSIONS_DIR or the user's cache."""
-    python = f"py{sys.version_info.major}{sys.version_info.minor}"
+    """Where compiled extensions are kept: by versions and environment, below $TORCH_EXTENSIONS_DIR or the user's cache.
+
+    Paths of the environment are in the compiler's command, so another one would compile everything anew in this folder.
+    """
+    python = f"py{sys.version_info.major}{sys.version_info.minor}-{zlib.crc32(sys.prefix.encode()):08x}"
     versions = f"torch{torch.__version__}-deepspeed{metadata.version('deepspeed')}-{python}"
     given = os.environ.get("TORCH_EXTENSIONS_DIR")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

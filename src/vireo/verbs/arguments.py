@@ -4,8 +4,10 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vireo import config
+from vireo import config, run_folder
 from vireo.errors import UserError
+
+FILES = ("resolved.yaml", run_folder.CHAIN)  # of a run's folder, and of a chain's
 
 
 class Arguments(NamedTuple):
@@ -23,36 +25,52 @@ def read(words: Sequence[str], own: Collection[str], needs_weights: bool = True)
     a run's has been. Raises UserError for words that are not key=value, unknown runs and whatever
     is wrong with the config.
     """
+    values, overrides = split(words, ["run", *own])
+    if "run" in values:
+        folder = find_run(values.pop("run"))
+        return Arguments(config.change(config.load_resolved(folder / "resolved.yaml"), overrides), folder, values)
+    folders = ("data", "weights") if needs_weights else ("data",)
+    return Arguments(config.settings(overrides, folders=folders), None, values)
+
+
+def split(words: Sequence[str], own: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """A verb's own values, and the words for the config. Raises UserError for words that are not key=value."""
     values: dict[str, str] = {}
     overrides: list[str] = []
     for word in words:
         key, equals, value = word.partition("=")
         if not equals and "/" not in word and not word.startswith("~"):
-            raise UserError(f"{word!r} is not key=value; this verb takes {', '.join(f'{k}=' for k in ['run', *own])}")
-        if key in own or key == "run":
+            raise UserError(f"{word!r} is not key=value; this verb takes {', '.join(f'{k}=' for k in own)}")
+        if key in own:
             values[key] = value
         else:
             overrides.append(word)
-    if "run" in values:
-        folder = find_run(values.pop("run"))
-        return Arguments(config.change(config.load_resolved(folder / "resolved.yaml"), overrides), folder, values)
-    folders = ("data", "weights") if needs_weights else ("data",)
-    return Arguments(config.settings(overrides, folders), None, values)
+    return values, overrides
 
 
 def find_run(name: str) -> Path:
-    """A run by its folder, or by its name anywhere below outputs."""
+    """A run by its folder, or by its name anywhere below outputs; of a chain the stage that has begun last."""
+    return run_folder.newest_stage(find(name))
+
+
+def find(name: str) -> Path:
+    """The folder of a run or of a chain, by itself or by its name anywhere below outputs."""
     path = Path(name)
-    if (path / "resolved.yaml").is_file():
+    if is_run(path):
         return path
     outputs = config.outputs_folder()
-    runs = sorted(file.parent for file in outputs.glob("*/*/resolved.yaml"))
+    runs = sorted(path for path in outputs.glob("*/*") if is_run(path))
     found = [run for run in runs if run.name == name or f"{run.parent.name}/{run.name}" == name]
     if len(found) == 1:
         return found[0]
     known = "\n".join(f"  {run}" for run in (found or runs)[-10:]) or "  (none)"
     problem = "is the name of several runs" if found else "is neither a run's folder nor its name"
     raise UserError(f"run={name} {problem}. Runs below {outputs}:\n{known}")
+
+
+def is_run(folder: Path) -> bool:
+    """Whether this is the folder of a run or of a chain."""
+    return any((folder / file).is_file() for file in FILES)
 
 
 def whole(own: dict[str, str], key: str, default: int | None) -> int | None:

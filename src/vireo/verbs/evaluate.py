@@ -110,7 +110,7 @@ def _show_extremes(
     names = {}
     for title, heap in heaps.items():
         for place, (*_, score, columns) in enumerate(sorted(heap, key=lambda entry: -entry[0]), 1):
-            show(columns, folder / f"{title}_{place}", settings["fps"] or score.fps)
+            show(columns, folder / f"{title}_{place}", settings["fps"] or score.fps, settings["gif"])
             names[f"{title}_{place}"] = score.name
     return scores, names
 

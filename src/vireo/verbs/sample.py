@@ -1,10 +1,12 @@
 """vireo sample run=<run> [step=500] [clips=4] [weights=<file>] [out=<folder>] [paths.data=<other clips>]
 vireo sample run=<run> prompt="a small red square" [image=<file>] [clips=1] …
+vireo sample run=<run> video=<file> mask=<file> [prior=<file>] [max_side=960] [clips=1] …
 
 Show what a trained network makes of held-out clips: side-by-side videos and PNG grids, and the further videos that
 the recipe's sampler offers, such as roll-outs. Or of what is given here, in as many versions as `clips` says: of a
-prompt, and for image-to-video a picture. A dataset's class takes part by a static method `from_files`, which gets what
-it names of its node's values and of these, and returns a sample.
+prompt, and for image-to-video a picture; of a video and the hole in it. What people want of it is clip_000_result.mp4.
+A dataset's class takes part by a static method `from_files`, which gets what it names of its node's values and of
+these, and returns a sample.
 Default folder: <run>/samples/by_hand.
 """
 
@@ -17,7 +19,8 @@ from vireo.config.instantiation import locate
 from vireo.errors import UserError
 from vireo.verbs import arguments
 
-GIVEN = ("prompt", "image", "video", "mask", "reference")  # what a person may give in place of held-out clips
+# What a person may give in place of held-out clips.
+GIVEN = ("prompt", "image", "video", "mask", "prior", "max_side", "reference")
 
 
 def main(words: Sequence[str]) -> int:
@@ -26,9 +29,10 @@ def main(words: Sequence[str]) -> int:
     clips = arguments.whole(given.own, "clips", 1 if files else 4)
     sample = _from_files(given.settings["data"], files) if files else None
     from vireo import objects
-    from vireo.comparison import show
+    from vireo.comparison import FPS, show
     from vireo.validation import further_videos, score_clips
     from vireo.verbs import trained
+    from vireo.video_io import write_video
 
     network, about = trained.network(given)
     encoder = objects.encoder(given.settings)
@@ -37,7 +41,8 @@ def main(words: Sequence[str]) -> int:
     folder = Path(given.own.get("out", (given.folder or Path()) / "samples" / "by_hand"))
     folder.mkdir(parents=True, exist_ok=True)
     print(f"weights: {about}")
-    sampler, fps = objects.sampler(given.settings), given.settings["validation"]["fps"]
+    sampler = objects.sampler(given.settings)
+    fps, gif = (given.settings["validation"][key] for key in ("fps", "gif"))
     some = range(min(clips or 0, len(stream.dataset)))
     batch_size, device = given.settings["batch_size"], trained.device()
     loss, rates = objects.loss(given.settings), dict[int, float | None]()
@@ -46,11 +51,14 @@ def main(words: Sequence[str]) -> int:
             print(f"clip {score.clip} is left out: {score.name}: {score.unreadable}")
             continue
         rates[score.clip] = fps or score.fps
-        written = show(columns, folder / f"clip_{score.clip:03d}", rates[score.clip])
+        written = show(columns, folder / f"clip_{score.clip:03d}", rates[score.clip], gif)
+        if sample is not None and len(columns[sampler.result]) > 1:
+            written.append(folder / f"clip_{score.clip:03d}_result.mp4")
+            write_video(written[-1], columns[sampler.result], rates[score.clip] or FPS)
         psnr = f"  {score.measures['psnr']:.2f} dB" if "psnr" in score.measures else ""
         print(f"{', '.join(map(str, written))}  {score.name}{psnr}")
     for clip, title, columns in further_videos(network, encoder, sampler, stream, list(rates), batch_size, device):
-        print(*show(columns, folder / f"clip_{clip:03d}_{title}", rates[clip]), sep=", ")
+        print(*show(columns, folder / f"clip_{clip:03d}_{title}", rates[clip], gif), sep=", ")
     return 0
 
 
@@ -62,9 +70,9 @@ def _from_files(node: Mapping[str, Any], files: Mapping[str, str]) -> dict[str, 
         raise UserError(f"{name} makes no samples of {', '.join(files)}: leave it out, and held-out clips are shown")
     takes = inspect.signature(make).parameters
     unknown = files.keys() - takes.keys()
-    lacking = [key for key, one in takes.items() if one.default is one.empty and key not in {*node, *files}]
+    values = {key: value for key, value in node.items() if key in takes and key not in GIVEN} | dict(files)
+    lacking = [key for key, one in takes.items() if one.default is one.empty and key not in values]
     if unknown or lacking:
         problem = f"does not take {', '.join(sorted(unknown))}" if unknown else f"needs {', '.join(lacking)}"
         raise UserError(f"a sample by hand of {name} {problem}; it takes {', '.join(k for k in takes if k in GIVEN)}")
-    values = {key: value for key, value in node.items() if key in takes and key not in GIVEN}
-    return make(**values, **files)
+    return make(**values)

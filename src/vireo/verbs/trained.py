@@ -43,6 +43,7 @@ def network(arguments: Arguments) -> tuple[Network, str]:
     elif folder is not None:
         found = _checkpoint(folder, whole(own, "step", None))
         objects.freeze_policy(settings)(made)
+        weights.check_frozen(found, weights.frozen_digest(made))
         weights.load_trained(made, {**found.tensors("network"), **found.tensors("ema")}, found.folder)
         about = f"{found.folder}{' (averaged)' if found.tensors('ema') else ''}"
     return made.eval().requires_grad_(False).to(device()), about

@@ -1,0 +1,81 @@
+"""A step that takes far longer than usual: where does each process stand?
+
+One process that waits for ever (a deadlock, a dead disk, a kernel that never ends) makes all others wait for it, until
+a collective's timeout ends the run with no word about the cause. So each process writes the stacks of all its threads
+into `stacks/rank_<n>.txt` before that. Python's faulthandler does it from a thread of its own that needs no lock, so it
+works while everything else stands still.
+"""
+
+import faulthandler
+import logging
+import os
+import statistics
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+log = logging.getLogger(__name__)
+
+FACTOR = 20.0  # times the median of recent steps
+AT_LEAST = 30.0  # seconds: a slow disk is no hang
+SHARE = 0.7  # of the collectives' timeout, after which nobody can be asked any more
+RECENT = 50  # steps
+REARM = 1.0  # seconds; arming starts a thread, which takes 0.1 ms
+
+# A forked child would have faulthandler's lock but not its thread, and wait for it for ever. The next step arms anew.
+os.register_at_fork(before=faulthandler.cancel_dump_traceback_later)
+
+
+class Watchdog:
+    """Watches one process's steps: `begin_step` at the start of each, `close` at the end.
+
+    file: where stacks go; gone at the end if none were written. timeout: seconds after which a collective gives up
+    (launcher.timeout). at_least: seconds below which no step counts as hanging.
+    """
+
+    def __init__(self, file: Path, timeout: float, at_least: float = AT_LEAST) -> None:
+        self.file, self.most, self.at_least = file, SHARE * timeout, at_least
+        self.seconds: deque[float] = deque(maxlen=RECENT)
+        self.began: float | None = None
+        self.armed: float | None = None
+        self.stream: IO[str] | None = None
+
+    def close(self) -> None:
+        """Nothing is watched any more; if stacks were written, say where."""
+        faulthandler.cancel_dump_traceback_later()
+        if self.stream is None:
+            return
+        self.stream.close()
+        if self.file.stat().st_size:
+            log.error("a step took far longer than usual; where this process stood then: %s", self.file)
+        else:
+            self.file.unlink()
+
+    def begin_step(self) -> None:
+        """The step before, if there was one, is over; the next one has its time from now on."""
+        now = time.monotonic()
+        if self.began is not None:
+            self.seconds.append(now - self.began)
+        self.began = now
+        if self.armed is None or now - self.armed > REARM:
+            self.armed = now
+            if self.stream is None:
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+                self.stream = open(self.file, "a")  # noqa: SIM115 - faulthandler needs its descriptor until the end
+            faulthandler.dump_traceback_later(self.patience(), file=self.stream)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is not part of a step and may take long."""
+        faulthandler.cancel_dump_traceback_later()
+        self.began = self.armed = None
+        yield
+
+    def patience(self) -> float:
+        """Seconds that a step may take before stacks are written."""
+        if len(self.seconds) < 3:  # the first ones compile, allocate and read what nothing has read before
+            return self.most
+        return min(self.most, max(self.at_least, FACTOR * statistics.median(self.seconds)))

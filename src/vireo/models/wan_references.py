@@ -1,0 +1,308 @@
+"""Wan with reference images: a subject's picture steers a text-to-video model through dual-path cross-attention.
+
+Around diffusers' WanTransformer3DModel (Wan 2.1, https://github.com/Wan-Video/Wan2.1), which is only called: its blocks
+get processors (`wan_attention`), and every block's cross-attention a second path. The published recipe is
+https://github.com/Edmund-a7/longlive_modify (branch feature/multi-reference-image), on LongLive
+(https://github.com/NVlabs/LongLive), whose frames see only those before them.
+
+B batch, C latent channels, t h w latent grid, N references, L CLIP tokens of one, D width.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vireo import lora
+from vireo.errors import UserError
+from vireo.models import wan_attention, wan_weights
+from vireo.models.network import Network
+from vireo.models.saved_networks import DTYPES
+from vireo.models.wan_attention import CausalPositions, CausalSelfAttention, Context, DualCrossAttention, KeyValueCache
+
+CLIP_WIDTH = 1280  # of ViT-H/14's tokens
+NEW = ("clip_proj.", "vae_proj.", ".k_vae.", ".v_vae.", ".norm_k_vae.", ".clip_gate")
+LORA = ".lora_"  # in the names of its parameters
+ADAPTER = "references.safetensors"
+PUBLISHED = "model.pt"
+Init = Literal["identity", "published"]
+
+
+class Projection(nn.Module):
+    """Tokens of the references to the transformer's width: (…, width) to (…, D)."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        gelu = nn.GELU(approximate="tanh")
+        self.proj = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, out), gelu, nn.Linear(out, out), nn.LayerNorm(out)
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.proj(tokens)
+
+
+class WanReferences(Network):
+    """Predicts the flow of noisy latents from a text and reference images.
+
+    transformer: folder of a diffusers pipeline of Wan 2.1 text-to-video, or its `transformer/`.
+    generator: a file with the base weights in Wan's own names that take the place of the folder's: LongLive's
+        `longlive_base.pt`, a native Wan `.safetensors`. generator_lora: LongLive's LoRA, merged into them; lora_alpha:
+        of it. See `wan_weights`.
+    mode: "bidirectional", every frame sees every other, as Wan; "causal", groups of `group_frames` latent frames see
+        themselves and those before, as LongLive, of which `window_frames` in all, the first `sink_frames` counted in
+        (null: all). For training and for roll-outs alike.
+    init: "identity", the output is the base's until something was learnt: gates and values of latents begin at zero.
+        "published" begins with gates of 1 and projections whose last linear layer is zero, which disturbs the base.
+    clip_dim: width of the CLIP tokens.
+    dtype: of the weights as they are loaded; what learns is float32 (`FreezePolicy`), and a network in half precision
+        computes under autocast in it.
+    export_layout: what `export` writes: "adapter", what is not the base's, or "published", {"generator": everything}.
+    gradient_checkpointing: compute the blocks twice in exchange for most of their activations' memory.
+
+    Raises UserError for weights that do not suit.
+    """
+
+    def __init__(
+        self,
+        transformer: str,
+        generator: str | None = None,
+        generator_lora: str | None = None,
+        lora_alpha: float = 256,
+        mode: Literal["bidirectional", "causal"] = "bidirectional",
+        group_frames: int = 3,
+        window_frames: int | None = 12,
+        sink_frames: int = 3,
+        init: Init = "identity",
+        clip_dim: int = CLIP_WIDTH,
+        dtype: Literal["fp32", "bf16", "fp16"] = "fp32",
+        export_layout: Literal["adapter", "published"] = "adapter",
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        known = {"mode": ("bidirectional", "causal"), "export_layout": ("adapter", "published"), "dtype": DTYPES}
+        for key, value in (("mode", mode), ("export_layout", export_layout), ("dtype", dtype)):
+            if value not in known[key]:
+                raise UserError(f"model.network.{key} is one of {', '.join(known[key])}, got {value!r}.")
+        self.export_layout, self.dtype = export_layout, DTYPES[dtype]
+        self._source = (transformer, generator, generator_lora, lora_alpha, self.dtype)
+        self._frames = (group_frames, window_frames, sink_frames) if mode == "causal" else None
+        self.transformer, self.clip_proj, self.vae_proj = self._start(clip_dim)
+        initialize(self, init)
+        if gradient_checkpointing:
+            self.transformer.enable_gradient_checkpointing()
+        self.train()
+
+    def _start(self, clip_dim: int) -> tuple[Any, Projection, Projection]:
+        transformer = wan_weights.load_transformer(*self._source)
+        projections = add_references(transformer, clip_dim)
+        if self._frames is not None:
+            make_causal(transformer, *self._frames)
+        return transformer, *projections
+
+    def base(self) -> Any:
+        """The transformer that training began with, loaded anew; without references it is the base."""
+        return self._start(CLIP_WIDTH)[0].to(self.transformer.device).eval().requires_grad_(False)
+
+    def forward(
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        prompt_embeds: Tensor,
+        reference_clip: Tensor | None = None,
+        reference_latents: Tensor | None = None,
+        reference_mask: Tensor | None = None,
+        reference_scale: float = 1.0,
+        cache: KeyValueCache | None = None,
+        keep: bool = False,
+    ) -> Tensor:
+        """The prediction, (B, C, t, h, w).
+
+        noisy: (B, C, t, h, w). timesteps: 1000 sigma, (B,) or, one for each latent frame, (B, t).
+        prompt_embeds: (B, 512, text width), zero beyond the text's end.
+        reference_clip: (B, N, L, clip_dim). reference_latents: (B, C, N, h', w'), normalised as the video's. Either may
+        be missing. reference_mask: bool (B, N), false for padding; a row of nothing else is the base's.
+        reference_scale: factor of what the references add, for sampling.
+        cache: of a roll-out; `noisy` are then the frames after those that it knows. keep: put these frames into it.
+        """
+        self._check(noisy, timesteps, cache)
+        clip, latents = reference_clip, reference_latents
+        if cache is not None and cache.context:
+            clip = latents = None  # their keys are known
+        patch, half = self.transformer.config.patch_size, self.dtype != torch.float32
+        with torch.autocast(noisy.device.type, self.dtype) if half else nullcontext():
+            context = Context(
+                clip=None if clip is None else self.clip_proj(clip.flatten(1, 2)),  # (B, N L, D)
+                latents=None if latents is None else self.vae_proj(latents.flatten(2).mT),  # (B, N h' w', D)
+                present=reference_mask,
+                scale=reference_scale,
+                frame_tokens=(noisy.shape[-2] // patch[1]) * (noisy.shape[-1] // patch[2]),
+                cache=cache,
+            )
+            with self._rolling(cache, keep):
+                return self.transformer(noisy, timesteps, prompt_embeds, context, return_dict=False)[0]
+
+    @contextmanager
+    def _rolling(self, cache: KeyValueCache | None, keep: bool) -> Iterator[None]:
+        """Let the positions know of the cache, if there is one, for the length of a forward."""
+        if cache is None:
+            yield
+            return
+        positions = self.transformer.rope
+        positions.cache, positions.keep = cache, keep
+        try:
+            yield
+        finally:
+            positions.cache, positions.keep = None, False
+
+    def _check(self, noisy: Tensor, timesteps: Tensor, cache: KeyValueCache | None) -> None:
+        frames = noisy.shape[2]
+        if self._frames is None:
+            if cache is not None:
+                raise UserError(
+                    "A roll-out needs frames that see only those before them: set model.network.mode=causal, and take "
+                    "weights that were trained so (LongLive's), or sample with model=opens2v_wan."
+                )
+        elif frames % self._frames[0]:
+            raise UserError(
+                f"{frames} latent frames cannot be cut into groups of model.network.group_frames={self._frames[0]}."
+            )
+        if timesteps.ndim == 2 and timesteps.shape[1] != frames:
+            raise UserError(f"{timesteps.shape[1]} timesteps for {frames} latent frames: one for each is expected.")
+
+    def export(self, folder: Path, state: Mapping[str, Tensor]) -> list[Path]:
+        """`references.safetensors`: the new modules and whatever else was trained, named as in the transformer.
+
+        Beside it a LoRA's own file; with `adapter.export=merged` its layers are in `references.safetensors`.
+        In the published layout `model.pt`, {"generator": …} with Wan's own names and everything in it, LoRA merged.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        learns = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+        beside: list[Path] = []
+        if self.adapter is not None and (self.adapter.merges or self.export_layout == "published"):
+            whole = self.adapter.merged(self, state)
+        else:
+            whole = {_layers(name): value for name, value in state.items() if LORA not in name}
+            learns = [name for name in learns if LORA not in name]
+            if self.adapter is not None:
+                beside = self.adapter.save(self, folder, state)
+        inner = {name.removeprefix("transformer."): value.contiguous() for name, value in whole.items()}
+        if self.export_layout == "published":
+            return [wan_weights.save_published(folder / PUBLISHED, inner)]
+        trained = {_layers(name).removeprefix("transformer.") for name in learns}
+        chosen = {name: value for name, value in inner.items() if is_new(name) or name in trained}
+        save_file(chosen, folder / ADAPTER, metadata={"format": "pt"})
+        return [folder / ADAPTER, *beside]
+
+    @torch.no_grad()
+    def load(self, path: Path) -> None:
+        """Take in an export, of either layout, or a checkpoint of the published recipe: a file or the folder with it.
+
+        All new modules must be there; of the base what is there, all of it or what was trained. A published checkpoint
+        knows no gates: they are 1 then, which is its formula. A LoRA beside them is taken in where there is an adapter.
+        """
+        source = (
+            path if path.is_file() else next((path / n for n in (ADAPTER, PUBLISHED) if (path / n).is_file()), path)
+        )
+        found = wan_weights.read(source)
+        own = {
+            _layers(name).removeprefix("transformer."): v for name, v in self.state_dict().items() if LORA not in name
+        }
+        gates = {name for name in own if name.endswith("clip_gate")}
+        if not gates & found.keys():
+            found |= {name: torch.ones_like(own[name]) for name in gates}
+        needed = own.keys() if source.suffix in wan_weights.PICKLED else {name for name in own if is_new(name)}
+        wan_weights.compare(found, own, needed, source)
+        for name, value in found.items():
+            own[name].copy_(value)
+        if (path / lora.FILE).is_file():
+            if self.adapter is None:
+                raise UserError(f"{path} has a LoRA as well: say adapter=lora, or adapter.weights={path} to train on.")
+            self.adapter.load(self, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a Wan transformer gets
+
+
+def is_new(name: str) -> bool:
+    """Whether a parameter is one of a reference's modules and not of Wan."""
+    return any(part in f".{name}" if part[0] == "." else name.startswith(part) for part in NEW)
+
+
+def add_references(transformer: Any, clip_dim: int = CLIP_WIDTH) -> tuple[Projection, Projection]:
+    """Give every block of a WanTransformer3DModel its second path, in place; returns clip_proj and vae_proj.
+
+    The transformer then takes a `Context` as encoder_hidden_states_image, with its text left out. Called as ever, it
+    computes what it did. Raises UserError for an image-to-video transformer, which has image tokens of its own.
+    """
+    config = transformer.config
+    if config.added_kv_proj_dim is not None or config.image_dim is not None:
+        raise UserError(
+            "model.network.transformer is an image-to-video model, with image tokens of its own (image_dim, "
+            "added_kv_proj_dim). Use a text-to-video one, such as Wan2.1-T2V-1.3B-Diffusers."
+        )
+    for number, block in enumerate(transformer.blocks):
+        wan_attention.add_modules(block.attn2)
+        block.attn2.set_processor(DualCrossAttention(number))
+    embedder = transformer.condition_embedder
+    embedder.image_embedder = nn.Identity()  # lets the context through
+    embedder.register_forward_hook(_with_text)
+    width = config.num_attention_heads * config.attention_head_dim
+    with transformer.proj_out.weight.device:
+        return Projection(clip_dim, width), Projection(config.in_channels, width)
+
+
+def make_causal(transformer: Any, group: int, window: int | None, sink: int) -> None:
+    """Let groups of latent frames see only themselves and what is before them, in place; see `CausalPositions`."""
+    if group < 1 or sink < 0 or (window is not None and window < sink + group):
+        raise UserError(
+            "model.network wants group_frames >= 1 and window_frames (null for all) of at least sink_frames + "
+            f"group_frames; got {group}, {window} and sink_frames={sink}."
+        )
+    if transformer.config.patch_size[0] != 1:
+        raise UserError(
+            f"causal frames need patches of one frame, this transformer's are {transformer.config.patch_size}"
+        )
+    transformer.rope = CausalPositions(transformer.rope, group, window, sink)
+    for number, block in enumerate(transformer.blocks):
+        block.attn1.set_processor(CausalSelfAttention(number))
+
+
+@torch.no_grad()
+def initialize(network: nn.Module, init: Init) -> None:
+    """Initial values of the new modules of a `WanReferences`, drawn from torch's default generator."""
+    if init not in ("identity", "published"):
+        raise UserError(f"model.network.init is identity or published, got {init!r}")
+    for name, module in network.named_modules():
+        if not is_new(f"{name}.") or not isinstance(module, nn.Linear):
+            continue
+        nn.init.zeros_(module.bias)
+        # One zero factor a path: with two, the gradients of both are zero for good.
+        if name.endswith("v_vae") or (init == "published" and name.endswith("proj.3")):
+            nn.init.zeros_(module.weight)
+        else:
+            nn.init.xavier_uniform_(module.weight)
+    for name, parameter in network.named_parameters():
+        if name.endswith("clip_gate"):
+            parameter.fill_(float(init == "published"))
+
+
+def _layers(name: str) -> str:
+    """A parameter's name as if there were no LoRA around its layer; of the LoRA's own, the layer's weight."""
+    return re.sub(r"\.lora_.*", ".weight", name).replace(".base_layer.", ".")
+
+
+def _with_text(module: nn.Module, arguments: Any, outputs: tuple) -> tuple:
+    """After the condition embedder: the context gets its text, takes its place, and timesteps go to all tokens."""
+    time, modulation, text, context = outputs
+    if context is None:
+        return outputs
+    if time.ndim == 3:  # one a frame, (B, t, D)
+        time, modulation = (x.repeat_interleave(context.frame_tokens, dim=1) for x in (time, modulation))
+    return time, modulation, context._replace(text=text), None

@@ -1,0 +1,79 @@
+"""Both stages of DiffuEraser as one chain on real frames: killed in each, gone on with, exported and read back."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import MotionAdapter, UNet2DConditionModel, UNetMotionModel
+from safetensors.torch import load_file
+
+from tests import runs
+from vireo import cli, launch, run_folder
+from vireo.mini import world
+from vireo.models.brushnet import BrushNetModel
+
+SAMPLES = os.environ.get("VIREO_SAMPLE_DATA")
+SHORT = ["steps=4", "checkpoint.every=2", "validation.every=null", "validation.at_start=false", "validation.clips=1"]
+SHORT += ["logging.every=1", "tracker=none", "loader.workers=0", "height=32", "width=32", "precision=fp32"]
+SHORT += ["model.encoder.dtype=fp32", "model.sampler.num_inference_steps=1", "data.validation_size=crop"]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "diffusion_pytorch_model.safetensors")
+
+
+def equal(one, two):
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def spatial(state):
+    return {name: value for name, value in state.items() if "motion_modules" not in name}
+
+
+@pytest.mark.skipif(not SAMPLES, reason="VIREO_SAMPLE_DATA names no folder with real frames")
+def test_the_chain_on_real_frames(tmp_path, monkeypatch, capfd):
+    samples = Path(SAMPLES or "")
+    words = ["experiment=diffueraser", "size=full", f"paths.weights={world.ensure() / 'weights'}", *SHORT]
+    words += [
+        f"paths.data={samples}",
+        f"data.davis={samples / 'davis_sample'}",
+        f"data.ytvos={samples / 'ytvos_sample'}",
+    ]
+    words += ["num_frames=3", "batch_size=2", "lr=1e-3", "run=real", f"paths.outputs={tmp_path}"]
+    deadly = ["real-stage1", "real-stage2"]
+
+    def killed_once(resolved, launcher, held):
+        doomed = resolved.parent.name in deadly and deadly.pop(0)
+        return abs(runs.work(resolved.parent, runs.die_at(3) if doomed else None, timeout=300))
+
+    monkeypatch.setattr(launch, "start", killed_once)
+    codes = []
+    for _ in range(3):
+        monkeypatch.setattr(sys, "argv", ["vireo", "train", *words])
+        codes.append(cli.vireo())
+    assert codes == [signal.SIGKILL, signal.SIGKILL, 0], capfd.readouterr()
+    first, second = (folder / "export" for folder in run_folder.stages(tmp_path / "diffueraser" / "real").values())
+    stage1, stage2 = first / "finetuned-stage1", second / "finetuned-stage2"
+    for kind, folder in (
+        (UNet2DConditionModel, stage1 / "unet_main"),
+        (BrushNetModel, stage1 / "brushnet"),
+        (UNetMotionModel, stage2 / "unet_main"),
+        (BrushNetModel, stage2 / "brushnet"),
+        (MotionAdapter, second / "motion_adapter"),
+    ):
+        _, report = kind.from_pretrained(folder, output_loading_info=True)
+        assert not any(report.values()), (folder, report)
+    assert equal(weights(stage2 / "brushnet"), weights(stage1 / "brushnet"))
+    assert equal(spatial(weights(stage2 / "unet_main")), weights(stage1 / "unet_main"))
+    released = world.ensure() / "weights" / "diffuEraser"
+    assert not equal(weights(stage1 / "brushnet"), weights(released / "brushnet"))
+    moved = weights(second / "motion_adapter")
+    assert not equal(moved, weights(released.parent / "animatediff-motion-adapter-v1-5-2"))
+    monkeypatch.setattr(sys, "argv", ["vireo", "export", f"run={tmp_path / 'diffueraser' / 'real'}", "step=2"])
+    assert cli.vireo() == 0
+    earlier = second / "step_00000002" / "finetuned-stage2"
+    assert equal(weights(earlier / "brushnet"), weights(stage1 / "brushnet"))
+    assert not equal(weights(earlier / "unet_main"), weights(stage2 / "unet_main"))

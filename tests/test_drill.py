@@ -1,0 +1,45 @@
+"""Every fault, made for real, on one cheap recipe; tests/test_experiments.py has the worst ones on every recipe."""
+
+import pytest
+
+from tests import drills, runs
+from vireo import drill
+
+TINY = [*(word for word in runs.TINY if not word.startswith(("steps=", "loader"))), "loader.workers=1"]
+
+
+@pytest.fixture(scope="module")
+def drilled(tmp_path_factory):
+    return drills.undisturbed(TINY, tmp_path_factory.mktemp("drill"))
+
+
+@pytest.mark.parametrize("title", [fault.title for fault in drill.FAULTS])
+def test_it_survives(drilled, title):
+    drills.survives(drilled, title)
+
+
+@pytest.mark.parametrize("title", ["not-finite", "memory"])
+def test_so_do_two_processes(tmp_path, title):
+    drills.two_ranks([*TINY, "loader.workers=0"], tmp_path, title)
+
+
+def test_a_difference_is_seen(drilled, tmp_path):
+    """A drill that compared nothing would praise everything."""
+    settings, undisturbed = drilled
+    other = drill._make({**settings, "lr": 2 * settings["lr"]}, "another_lr")
+    assert drills.start(other, None) == 0
+    assert "of step" in (drill.difference(undisturbed, other, exact=True) or "")
+
+
+def test_a_run_that_does_not_survive_is_told(drilled, monkeypatch):
+    def forgetful():
+        from vireo import checkpoint
+
+        checkpoint.latest = lambda folder, before=None: None  # resumes from nothing
+        drill._at_step(3, drill._signal(9))
+
+    settings, undisturbed = drilled
+    fault = drill.Fault("forget", "nothing is resumed", forgetful, drill.KILLED, then="same")
+    monkeypatch.setattr(drill, "FAULTS", (fault._replace(code=0),))
+    (result,) = drill.drill(settings, drills.start, exact=True, undisturbed=undisturbed)
+    assert result.survived is False and "exit code 137, 0 was expected" in result.detail

@@ -1,0 +1,74 @@
+"""The verb on files that people have, in this process: a video with a hole, on the mini world's networks."""
+
+import av
+import pytest
+import torch
+from PIL import Image
+
+from vireo.errors import UserError
+from vireo.mini import world
+from vireo.verbs import sample
+
+WORDS = ["experiment=diffueraser_stage2", "model.sampler.num_inference_steps=2"]
+
+
+@pytest.fixture
+def davis():
+    return world.ensure() / "data" / "DAVIS"
+
+
+def given(davis, **words):
+    files = {"video": davis / "JPEGImages/480p/val-03", "mask": davis / "Annotations/480p/val-03", **words}
+    return [f"{name}={value}" for name, value in files.items()]
+
+
+def frames(path):
+    with av.open(str(path)) as video:
+        return torch.stack([torch.from_numpy(f.to_ndarray(format="rgb24")) for f in video.decode(video=0)]).float()
+
+
+def test_a_hole_in_a_video_is_filled_and_the_rest_is_the_video(davis, tmp_path, capsys):
+    assert sample.main([*WORDS, *given(davis), "clips=2", "validation.gif=true", f"out={tmp_path}"]) == 0
+    names = {f"clip_00{n}{end}" for n in (0, 1) for end in (".mp4", ".png", ".gif", "_result.mp4")}
+    assert {path.name for path in tmp_path.iterdir()} == names and "val-03" in capsys.readouterr().out
+    made, other = (frames(tmp_path / f"clip_00{n}_result.mp4") for n in (0, 1))
+    assert made.shape == (26, 64, 64, 3), "longer than what the network sees at once"
+    video, mask = (
+        torch.stack([torch.from_numpy(_pixels(path)) for path in sorted((davis / kind / "480p/val-03").iterdir())])
+        for kind in ("JPEGImages", "Annotations")
+    )
+    hole = mask.amax(-1) > 0
+    near = torch.nn.functional.max_pool2d(hole[:, None].float(), 31, stride=1, padding=15)[:, 0] > 0
+    assert (made - video)[~near].abs().mean() < 8, "H.264's errors"
+    assert (made - video)[hole].abs().mean() > 20
+    assert (made - other)[hole].abs().mean() > 5, "each version has noise of its own"
+
+
+def test_a_prior_shows_through(davis, tmp_path):
+    words = [*WORDS, *given(davis, prior=davis / "JPEGImages/480p/val-03"), "model.sampler.prior_strength=0.01"]
+    assert sample.main([*words, f"out={tmp_path}"]) == 0
+    assert (tmp_path / "clip_000_result.mp4").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["video=a.mp4"], "needs mask"),
+        (["video=a.mp4", "mask=b.png", "image=c.png"], "does not take image"),
+        (["video=a.mp4", "mask=b.png"], "a.mp4: there is no such file"),
+    ],
+)
+def test_mistakes_are_told(words, said, tmp_path):
+    with pytest.raises(UserError, match=said):
+        sample.main([*WORDS, *words, f"out={tmp_path}"])
+
+
+def test_recipes_without_files_say_so(tmp_path):
+    with pytest.raises(UserError, match="Clips makes no samples of video"):
+        sample.main(["experiment=taehv", "video=a.mp4", f"out={tmp_path}"])
+
+
+def _pixels(path):
+    import numpy as np
+
+    return np.array(Image.open(path).convert("RGB")).astype(np.float32)
