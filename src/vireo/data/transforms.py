@@ -117,22 +117,6 @@ def padded_size(frame: Sequence[int], target: Sequence[int]) -> tuple[int, int]:
     return max(1, round(scale * frame[0])), max(1, round(scale * frame[1]))
 
 
-def covering_size(frame: Sequence[int], target: Sequence[int]) -> tuple[int, int]:
-    """Height and width of a frame scaled until it just covers the target; the longer side is rounded down.
-
-    For a square target this is torchvision's Resize of the shorter side.
-    """
-    if target[0] * frame[1] >= target[1] * frame[0]:
-        return target[0], int(target[0] * frame[1] / frame[0])
-    return int(target[1] * frame[0] / frame[1]), target[1]
-
-
-def crop_centre(frames: Tensor, height: int, width: int) -> Tensor:
-    """A view of the middle, (..., H, W) -> (..., height, width), at torchvision's place: halves go to the even one."""
-    top, left = round((frames.shape[-2] - height) / 2), round((frames.shape[-1] - width) / 2)
-    return frames[..., top : top + height, left : left + width]
-
-
 def _crop(frames: Tensor, box: Box) -> Tensor:
     """A view where the box lies inside the frame, else a copy whose missing pixels are reflected at the border."""
     bottom, right = box.top + box.height, box.left + box.width
