@@ -5,6 +5,7 @@ from typing import NamedTuple
 TINY_TAEHV = ["model.network.weights=null", "++model.network.encoder_width=8", "++model.network.num_memblocks=1"]
 TINY_TAEHV += ["++model.network.decoder_widths=[8,8,8,8]", "height=32", "width=32"]
 TINY_ERASER = ["height=32", "width=32", "num_frames=3", "model.sampler.num_inference_steps=2"]
+TINY_WAN = ["cache=off", "model.sampler.num_inference_steps=2"]
 TINY_COGVIDEOX = ["cache=off", "model.sampler.num_inference_steps=2"]
 TINY_IP2P = ["height=32", "width=32", "cache=off", "model.sampler.num_inference_steps=2"]
 
@@ -31,6 +32,8 @@ RECIPES = {
     "ip2p_video": Recipe(TINY_IP2P),
     "diffueraser_stage1": Recipe(TINY_ERASER),
     "diffueraser_stage2": Recipe(TINY_ERASER),
+    "opens2v_wan": Recipe(TINY_WAN),
+    "opens2v_longlive": Recipe(TINY_WAN, quick=False),
     # These two differ in everything that the others do.
     "cogvideox_t2v_lora": Recipe(TINY_COGVIDEOX),
     "cogvideox15_i2v_sft": Recipe(TINY_COGVIDEOX),

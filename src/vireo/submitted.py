@@ -80,7 +80,7 @@ def wait_for_every_job(sweep: Path, higher_is_better: bool) -> None:
             sweeps.note(folder, overrides=overrides, exit_code=faults.EXIT_FAULT, message=message)
         return JobReturn(status=JobStatus.COMPLETED, _return_value=sweeps.objective(None, higher_is_better))
 
-    submitit.Job.results = results
+    submitit.Job.results = results  # type: ignore[method-assign,assignment]
 
 
 def _has_result(job: Any) -> bool:

@@ -6,6 +6,7 @@ from tests.sampling.test_reference_evaluations import CPU, Stream
 from tests.sampling.test_reference_videos import Encoder
 from tests.test_optical_flow import picture
 
+from vireo.sampling.evaluation import Evaluated
 from vireo.sampling.motion import MotionAmplitude
 from vireo.sampling.sampler import Sampler
 
@@ -23,7 +24,7 @@ class Moves(Sampler):
 
 
 def test_each_column_has_its_amplitude():
-    rows = MotionAmplitude(clips=2)(None, Encoder(), Moves(), Stream(), range(3), CPU, None)
+    rows = MotionAmplitude(clips=2)(Evaluated(None, Encoder(), Moves(), Stream(), range(3), CPU, None))
     target, prediction = rows
     assert [row["column"] for row in rows] == ["target", "prediction"] and target["clips"] == 2
     assert target["motion_amplitude"] == pytest.approx(1.5, abs=0.1) and target["score"] == 1

@@ -8,6 +8,7 @@ from tests.sampling.test_reference_videos import INPUTS, SIZE, Encoder
 from vireo.diffusion.flow_schedule import FlowSchedule
 from vireo.errors import UserError
 from vireo.randomness import Draws
+from vireo.sampling.evaluation import Evaluated
 from vireo.sampling.reference_evaluations import BasePreservation, ReferenceGain
 from vireo.sampling.reference_videos import ReferenceSampler
 
@@ -43,7 +44,7 @@ class Looks:
 
 def evaluated(evaluation, network, count=3, sampler=None):
     sampler = sampler or ReferenceSampler(FlowSchedule(), INPUTS, **SIZE)
-    return evaluation(network, Encoder(), sampler, Stream(), range(count), CPU, None)
+    return evaluation(Evaluated(network, Encoder(), sampler, Stream(), range(count), CPU, None))
 
 
 class TestGain:

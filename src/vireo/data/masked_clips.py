@@ -400,12 +400,12 @@ class _Fit(NamedTuple):
 
     def pictures(self, frames: Tensor) -> Tensor:
         """uint8 (T, 3, H, W) -> (T, 3, *crop)."""
-        return crop_centre(resize(frames, *self.size, "stretch"), *self.crop).contiguous()
+        return crop_centre(resize(frames, self.size[0], self.size[1], "stretch"), *self.crop).contiguous()
 
     def hole(self, hole: Tensor, mode: str) -> Tensor:
         """uint8 (T, H, W) -> (T, 1, *crop). mode: "nearest-exact", or "bilinear", where half and more is hole."""
         if mode == "bilinear":
-            soft = resize(255 * hole[:, None], *self.size, "stretch")
+            soft = resize(255 * hole[:, None], self.size[0], self.size[1], "stretch")
             return crop_centre((soft >= 128).to(torch.uint8), *self.crop).contiguous()
         return crop_centre(interpolate(hole[:, None], self.size, mode=mode), *self.crop).contiguous()
 

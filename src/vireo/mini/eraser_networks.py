@@ -59,13 +59,13 @@ def write(weights: Path) -> None:
     write_text_encoder(base)
     (base / "scheduler").mkdir(exist_ok=True)
     (base / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=2) + "\n")
-    save(UNet2DConditionModel, UNET, base / "unet")
-    save(MotionAdapter, ADAPTER, weights / "animatediff-motion-adapter-v1-5-2")
-    save(UNetMotionModel, motion_config(UNET, ADAPTER), released / "unet_main")
-    save(BrushNetModel, {name: UNET[name] for name in OF_BRUSHNET}, released / "brushnet")
+    _save(UNet2DConditionModel, UNET, base / "unet")
+    _save(MotionAdapter, ADAPTER, weights / "animatediff-motion-adapter-v1-5-2")
+    _save(UNetMotionModel, motion_config(UNET, ADAPTER), released / "unet_main")
+    _save(BrushNetModel, {name: UNET[name] for name in OF_BRUSHNET}, released / "brushnet")
 
 
-def save(kind: Any, config: dict[str, Any], folder: Path) -> None:
+def _save(kind: Any, config: dict[str, Any], folder: Path) -> None:
     """Random weights, the same wherever they are made: keyed by the class and its config."""
     from vireo.randomness import seed_default
 

@@ -2,14 +2,13 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from vireo.optical_flow import motion_amplitude
 from vireo.sampling.columns import columns
+from vireo.sampling.evaluation import Evaluated
 
 
 class MotionAmplitude:
@@ -23,19 +22,10 @@ class MotionAmplitude:
         self.clips = clips
 
     @torch.no_grad()
-    def __call__(
-        self,
-        network: nn.Module,
-        encoder: Any,
-        sampler: Any,
-        stream: Any,
-        indices: Sequence[int],
-        device: torch.device,
-        folder: Path,
-    ) -> Sequence[Mapping[str, Any]]:
-        """See `vireo.validation.Evaluation`. Columns of a single frame are left out."""
+    def __call__(self, given: Evaluated) -> Sequence[Mapping[str, Any]]:
+        """See `vireo.sampling.evaluation.Evaluation`. Columns of a single frame are left out."""
         found = defaultdict(list)
-        for videos in columns(network, encoder, sampler, stream, list(indices)[: self.clips], device):
+        for _, videos in columns(given._replace(indices=given.indices[: self.clips])):
             for name, video in videos.items():
                 if len(video) > 1:
                     found[name].append(float(motion_amplitude(video[None])))

@@ -2,16 +2,16 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vireo.diffusion.latent_masks import latent_mask
 from vireo.errors import UserError
 from vireo.randomness import Draws
 from vireo.sampling.columns import Remembered
+from vireo.sampling.evaluation import Evaluated
 from vireo.sampling.reference_measures import flow_errors, with_references_of, without_references
 from vireo.sampling.reference_videos import ReferenceSampler
 
@@ -36,19 +36,10 @@ class ReferenceGain:
         self.clips, self.timesteps, self.batch_size = clips, list(timesteps), batch_size
 
     @torch.no_grad()
-    def __call__(
-        self,
-        network: nn.Module,
-        encoder: Any,
-        sampler: Any,
-        stream: Any,
-        indices: Sequence[int],
-        device: torch.device,
-        folder: Path,
-    ) -> Sequence[Mapping[str, Any]]:
-        """See `vireo.validation.Evaluation`. Raises UserError for a sampler without references."""
-        sampler = _reference_sampler(sampler)
-        indices = list(indices)[: self.clips]
+    def __call__(self, given: Evaluated) -> Sequence[Mapping[str, Any]]:
+        """See `vireo.sampling.evaluation.Evaluation`. Raises UserError for a sampler without references."""
+        network, encoder, stream, device = given.network, given.encoder, given.stream, given.device
+        sampler, indices = _reference_sampler(given.sampler), list(given.indices)[: self.clips]
         if len(indices) < 2:
             raise UserError("a reference gain needs two held-out clips at least, to take the references of another")
         found: dict[tuple[Any, str], dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
@@ -92,25 +83,17 @@ class BasePreservation:
         self.clips, self.timesteps = clips, list(timesteps)
 
     @torch.no_grad()
-    def __call__(
-        self,
-        network: Any,
-        encoder: Any,
-        sampler: Any,
-        stream: Any,
-        indices: Sequence[int],
-        device: torch.device,
-        folder: Path,
-    ) -> Sequence[Mapping[str, Any]]:
-        """See `vireo.validation.Evaluation`. Raises UserError for a network that is not made around a base."""
+    def __call__(self, given: Evaluated) -> Sequence[Mapping[str, Any]]:
+        """See `vireo.sampling.evaluation.Evaluation`. Raises UserError for a network that is not made around a base."""
+        network: Any = given.network
         if not hasattr(network, "base"):
             raise UserError(f"a {type(network).__name__} has no base to compare with: take base out of the evaluations")
-        sampler, own, base = _reference_sampler(sampler), network.transformer, network.base()
+        sampler, own, base = _reference_sampler(given.sampler), network.transformer, network.base()
         found: dict[float, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        for index in list(indices)[: self.clips]:
-            batch = _encoded(stream, encoder, [index], device)
+        for index in list(given.indices)[: self.clips]:
+            batch = _encoded(given.stream, given.encoder, [index], given.device)
             conditions = without_references({name: batch[name] for name in sampler.inputs})
-            draws = Draws(stream.seed, batch["position"], device)
+            draws = Draws(given.stream.seed, batch["position"], given.device)
             noise = draws.normal("noise", *batch["latents"].shape[1:])
             for timestep in self.timesteps:
                 times = noise.new_full((1,), timestep)

@@ -41,7 +41,8 @@ def main(words: Sequence[str]) -> int:
     from vireo import report
 
     print(f"{settings['experiment']}, {processes_here} processes, {drill.STEPS} steps each, in {outputs}", flush=True)
-    exact, results = not torch.cuda.is_available(), []
+    exact = not torch.cuda.is_available()
+    results: list[drill.Result] = []
     with contextlib.suppress(KeyboardInterrupt):  # what was tried so far is worth its table
         results += drill.drill(settings, start, exact, only)
     rows = [
