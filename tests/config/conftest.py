@@ -29,10 +29,12 @@ def conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def full(tmp_path: Path) -> list[str]:
     """The words of size=full with folders in which everything that the shipped recipes read is there."""
     cogvideox = ("CogVideoX-2b", "CogVideoX-5b", "CogVideoX-5b-I2V", "CogVideoX1.5-5B", "CogVideoX1.5-5B-I2V")
+    wan = ("Wan2.1-T2V-1.3B-Diffusers", "LongLive-1.3B/models", "SkyReels-A2")
     eraser = ("stable-diffusion-v1-5", "sd-vae-ft-mse", "diffuEraser", "animatediff-motion-adapter-v1-5-2")
-    for name in ("taehv", *cogvideox, "Wan2.1-T2V-1.3B-Diffusers", "instruct-pix2pix", *eraser):
+    for name in ("taehv", *cogvideox, *wan, "instruct-pix2pix", *eraser):
         (tmp_path / "weights" / name).mkdir(parents=True)
     for name in ("DAVIS", "YouTubeVOS"):
         (tmp_path / "data" / name).mkdir(parents=True)
-    (tmp_path / "weights/taehv/taecvx.safetensors").touch()
+    for file in ("taehv/taecvx.safetensors", "LongLive-1.3B/models/longlive_base.pt", "LongLive-1.3B/models/lora.pt"):
+        (tmp_path / "weights" / file).touch()
     return ["size=full", "paths.data=data", "paths.weights=weights"]

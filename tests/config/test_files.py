@@ -188,6 +188,7 @@ def test_no_boolean_where_text_is_meant(path):
     known |= {"network.gradient_checkpointing", "detach", "offload", "network.compile", "sampler.dynamic_guidance"}
     known |= {"encoder.tiling", "encoder.slicing", "dora", "rslora", "float8", "skip_padding"}
     known |= {"empty_captions", "validation_id_token", "annotations"}
+    known |= {"prefer_tagged", "no_background", "with_face", "subject_mask"}
     deepspeed = {"overlap_comm", "contiguous_gradients", "offload_optimizer.pin_memory"}
     known |= {f"config.zero_optimization.{key}" for key in deepspeed}
     known |= {"config.zero_allow_untested_optimizer", "config.zero_force_ds_cpu_optimizer"}
