@@ -29,6 +29,12 @@ def test_without_videos_folders_of_frames_are_found(tmp_path):
     assert names(list_folder(tmp_path)) == ["x", "y/z"]
 
 
+def test_a_folder_that_holds_something_else_is_kept_out(tmp_path):
+    touch(tmp_path, "own.mp4", "other/.nomedia", "other/videos/1.mp4", "another/2.mp4")
+    assert names(list_folder(tmp_path)) == ["another/2.mp4", "own.mp4"]
+    assert names(list_folder(tmp_path / "other")) == ["videos/1.mp4"], "unless it is named itself"
+
+
 def test_links_are_followed_but_not_in_circles(tmp_path):
     touch(tmp_path, "elsewhere/clip.mp4", "root/own.mp4")
     (tmp_path / "root" / "linked").symlink_to(tmp_path / "elsewhere")

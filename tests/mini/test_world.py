@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vireo.data.listing import list_folder
 from vireo.errors import UserError
 from vireo.mini import frame_edits, scenes, world
 
@@ -178,3 +179,7 @@ def test_version_follows_the_contents_of_the_package(tmp_path, monkeypatch):
     assert world.version() == before
     (copy / "scenes.py").write_text("# changed")
     assert world.version() != before
+
+
+def test_the_plain_clips_are_all_that_is_found_in_the_folder_of_data(made):
+    assert {entry.name for entry in list_folder(made / "data")} == {entry["path"] for entry in annotations(made)}

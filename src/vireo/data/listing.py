@@ -10,6 +10,8 @@ from typing import Any
 from vireo.errors import UserError
 from vireo.video_io import VIDEO_SUFFIXES, is_frame
 
+SKIPPED = ".nomedia"  # as media players have it
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -25,7 +27,8 @@ def list_folder(root: Path) -> list[Entry]:
     """All videos below `root`, or if there is none all folders of frames below it, sorted by name.
 
     Videos come first because pictures that lie beside them (first frames, thumbnails) are no clips. Links are followed,
-    hidden files and folders are not. Raises UserError if the folder is missing or holds no clip.
+    hidden files and folders are not, nor are folders below `root` with a file .nomedia, the sign for those that hold
+    something else. Raises UserError if the folder is missing or holds no clip.
     """
     if not root.is_dir():
         raise UserError(f"there is no folder {root}: expected a folder with videos or with folders of frames")
@@ -37,6 +40,9 @@ def list_folder(root: Path) -> list[Entry]:
             below.clear()
             continue
         visited.add(real)
+        if SKIPPED in files and Path(folder) != root:
+            below.clear()
+            continue
         below[:] = [name for name in below if not name.startswith(".")]
         videos += [Path(folder, name) for name in files if _is_video(name)]
         if Path(folder) != root and any(is_frame(name) for name in files):

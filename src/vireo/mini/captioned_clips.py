@@ -93,6 +93,7 @@ def write(folder: Path, num_training: int = NUM_TRAINING) -> None:
     trained, held_out = meanings()
     _write(folder, trained[:num_training], SEED)
     _write(folder / "validation", held_out, SEED + num_training)
+    (folder / ".nomedia").touch()  # these are no clips of those who read all videos below a folder
 
 
 def _write(folder: Path, shown: list[Meaning], first_seed: int) -> None:

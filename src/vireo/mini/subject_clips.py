@@ -47,6 +47,7 @@ def write(folder: Path, num_clusters: int = NUM_CLUSTERS) -> None:
         _write_json(pairs / "final_output" / f"{name}.json", [_pair(*keys)])
     _write_json(pairs / "cluster_videos.json", clusters)
     _write_json(root / "step5" / "merge_final_json" / f"{PART}.json", entries)
+    (folder / ".nomedia").touch()  # see captioned_clips
 
 
 def _meanings(number: int) -> list[Meaning]:
