@@ -86,7 +86,7 @@ def through_a_pipeline(folder, settings):
 def test_real_clips_from_the_first_step_to_the_pipeline(kind, tmp_path, capsys):
     world.ensure()
     words = [f"experiment={kind}", *REAL, *KINDS[kind], *QUIET, "steps=6", "checkpoint.every=2"]
-    words += ["validation.every=null", "validation.at_start=false", f"paths.cache={tmp_path}/cache"]
+    words += ["validation.every=null", "validation.at_start=false", f"cache.folder={tmp_path}/cache"]
     assert check.main(words) == 0
     assert "videos/toy_ship.mp4: frames 0 to 32 of 49" in capsys.readouterr().out
     straight = finished(runs.make(tmp_path / "straight", words, shrunk=False))
