@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw as functional_adamw
 
 from vireo.errors import UserError
 
@@ -64,7 +65,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "betas": (betas[0], betas[1]), "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -78,7 +79,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
             "exp_avg_sq": torch.zeros_like(value),
         }
         state = self.state[parameter] = {name: moment.cpu() for name, moment in stored.items()}
-        torch.optim.adamw.adamw(
+        functional_adamw(
             [value],
             [gradient],
             [state["exp_avg"]],

@@ -352,7 +352,7 @@ def test_content_that_changes_while_it_is_read_is_not_what_its_identity_says(roo
     for number in range(9):
         Image.fromarray(videos.pictures(1, 32, 32)[0]).save(frames / f"{number}.png")
     captions.write_list(folder / "videos.txt", ["videos/0.mp4", "videos/1.mp4", "videos/frames"])
-    captions.write_list(folder / "images.txt", ["videos/frames/0.png"] * 3)
+    captions.write_list(folder / "images.txt", [f"videos/frames/{number}.png" for number in range(3)])
     of_videos, of_pictures = make(folder, image="first_frame"), make(folder, image="listed")
     before = [of_videos.sample(0, draws()), of_videos.sample(2, draws()), of_pictures.sample(0, draws())]
     for sample in before:
@@ -361,7 +361,9 @@ def test_content_that_changes_while_it_is_read_is_not_what_its_identity_says(roo
     Image.new("RGB", (32, 32)).save(frames / "0.png")
     for sample in before:
         for source in (sample["frames"], sample["image"]):
-            with pytest.raises(ChangedError, match="has changed since it was looked at"):
+            with pytest.raises(
+                ChangedError, match="has changed since it was looked at|it has 9 frames now, 20 when it was looked at"
+            ):
                 source.load()
     (frames / "0.png").unlink()
     with pytest.raises(BadVideoError):

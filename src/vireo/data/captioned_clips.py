@@ -17,7 +17,7 @@ from vireo.data.clip_sampling import Pad, fill_up, num_timed, strided_clip, time
 from vireo.data.held_out import held_out_names
 from vireo.data.listing import shortened
 from vireo.data.scan import scan
-from vireo.data.source import Source, check_content, content_digest, identify
+from vireo.data.source import ChangedError, Source, check_content, content_digest, identify
 from vireo.data.transforms import RESAMPLER, Resize, filled_box, padded_size, resize
 from vireo.errors import UserError
 from vireo.randomness import Draws
@@ -332,6 +332,9 @@ class CaptionedClips:
         assert clip.video is not None and clip.info is not None
         _, height, width = clip.bucket
         with VideoReader(clip.video, clip.info.decoder) as video:
+            if max(indices) >= len(video):
+                known = f"it has {len(video)} frames now, {clip.info.num_frames} when it was looked at"
+                raise ChangedError(clip.video, known)
             frames = video.get(indices)
         check_content(identity, clip.video)
         return resize(frames, height, width, self.resize).contiguous()
