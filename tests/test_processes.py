@@ -22,7 +22,7 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "GRACE", 0.5)
 
     def call(*programs, **further):
-        def start(resolved, rank, variables, held):
+        def start(entry, resolved, rank, variables, held):
             code = "import os, signal, sys, time\nfrom vireo.processes import note_failure\n"
             code += f"def note(): note_failure({rank})\n{programs[rank % len(programs)]}"
             with open(processes.log_file(tmp_path, rank), "a") as log:

@@ -116,6 +116,7 @@ def train(
                     flags |= agreed
                     if objective is None or agreed & faults.OUT_OF_MEMORY:
                         objective = None
+                        strategy.abandon()
                         pieces = room.smaller(step, [piece, *pieces])
                         continue
                     parts = accumulation * len(batch["position"]) / size
