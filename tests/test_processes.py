@@ -81,7 +81,7 @@ START = """
 import os, sys, time
 from pathlib import Path
 from vireo import processes
-worker = processes._start(Path(sys.argv[1]), 0, {}, None)
+worker = processes._start(("vireo.start_worker",), Path(sys.argv[1]), 0, {}, None)
 print(worker.pid, flush=True)
 time.sleep(60)
 """
