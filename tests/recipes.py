@@ -30,13 +30,11 @@ RECIPES = {
     "taehv_seraena_wan": Recipe(TINY_TAEHV, tolerance=1e-3, accumulates=False, quick=False),
     "ip2p_image": Recipe(TINY_IP2P, quick=False),
     "ip2p_video": Recipe(TINY_IP2P),
-    "diffueraser_stage1": Recipe(TINY_ERASER),
+    "diffueraser_stage1": Recipe(TINY_ERASER, quick=False),
     "diffueraser_stage2": Recipe(TINY_ERASER),
     "opens2v_wan": Recipe(TINY_WAN),
     "opens2v_longlive": Recipe(TINY_WAN, quick=False),
-    # These two differ in everything that the others do.
     "cogvideox_t2v_lora": Recipe(TINY_COGVIDEOX),
-    "cogvideox15_i2v_sft": Recipe(TINY_COGVIDEOX),
     **{
         f"cogvideox{version}_{task}_{mode}": Recipe(TINY_COGVIDEOX, quick=False)
         for version, task, mode in (
@@ -46,6 +44,7 @@ RECIPES = {
             ("15", "t2v", "lora"),
             ("15", "t2v", "sft"),
             ("15", "i2v", "lora"),
+            ("15", "i2v", "sft"),
         )
     },
 }

@@ -22,7 +22,7 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "GRACE", 0.5)
 
     def call(*programs, **further):
-        def start(resolved, rank, variables, held):
+        def start(entry, resolved, rank, variables, held):
             code = "import os, signal, sys, time\nfrom vireo.processes import note_failure\n"
             code += f"def note(): note_failure({rank})\n{programs[rank % len(programs)]}"
             with open(processes.log_file(tmp_path, rank), "a") as log:
@@ -81,7 +81,7 @@ START = """
 import os, sys, time
 from pathlib import Path
 from vireo import processes
-worker = processes._start(Path(sys.argv[1]), 0, {}, None)
+worker = processes._start(("vireo.start_worker",), Path(sys.argv[1]), 0, {}, None)
 print(worker.pid, flush=True)
 time.sleep(60)
 """

@@ -34,8 +34,17 @@ def same(one, two):
         assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize(("before", "after"), [(0, 0), (2, 2), (2, 0), (0, 1)])
+full = pytest.mark.full
+WORKERS_AND_ACCUMULATION = [
+    (0, 0, 1),
+    (2, 2, 2),
+    (2, 0, 1),
+    (0, 1, 2),
+    *(pytest.param(*case, marks=full) for case in ((0, 0, 2), (2, 2, 1), (2, 0, 2), (0, 1, 1))),
+]
+
+
+@pytest.mark.parametrize(("before", "after", "accumulation"), WORKERS_AND_ACCUMULATION)
 def test_killed_in_a_step(tmp_path, undisturbed, accumulation, before, after):
     generator = random.Random(100 * accumulation + 10 * before + after)
     words = [f"gradient_accumulation={accumulation}"]

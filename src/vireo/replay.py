@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from vireo import checkpoint, faults
+from vireo import checkpoint, distributed, faults
 from vireo.data.stream import to_device
 from vireo.incidents import Incident
 from vireo.randomness import Draws, seed_default
@@ -101,6 +101,9 @@ def replay(settings: dict[str, Any], run_folder: Path, incident: Incident) -> li
         "faults": {**settings["faults"], "max_consecutive_skips": incident.step + 1},
     }
     with tempfile.TemporaryDirectory() as scratch:
-        again = _Again(settings, run_folder, Path(scratch), incident.step)
-        again.accumulation = max(1, len(incident.samples) // settings["batch_size"])
-        return again.samples(again.reach())
+        try:
+            again = _Again(settings, run_folder, Path(scratch), incident.step)
+            again.accumulation = max(1, len(incident.samples) // settings["batch_size"])
+            return again.samples(again.reach())
+        finally:
+            distributed.close()

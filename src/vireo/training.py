@@ -116,6 +116,7 @@ def train(
                     flags |= agreed
                     if objective is None or agreed & faults.OUT_OF_MEMORY:
                         objective = None
+                        strategy.abandon()
                         pieces = room.smaller(step, [piece, *pieces])
                         continue
                     parts = accumulation * len(batch["position"]) / size
@@ -125,6 +126,7 @@ def train(
 
         norm = strategy.step(max_grad_norm)
         average.update(step, torch.isfinite(norm))
+        figures |= loss.end_step()
         # ----------------------------------------------------------------
 
         stopwatch.steps += 1
@@ -158,7 +160,7 @@ def _forward(
     try:
         return loss(network, encoder(to_device(batch, strategy.device), draws), draws)
     except torch.OutOfMemoryError:
-        if not strategy.forward_is_local:
+        if distributed.world_size() > 1 and not (strategy.forward_is_local and loss.is_local):
             raise  # other ranks wait inside their own forward pass, where no vote reaches them
     # Here the exception, and with it everything its frames held, is gone.
     faults.give_memory_back()

@@ -126,6 +126,7 @@ def test_psnr_of_a_known_error():
     torch.testing.assert_close(training.psnr(noisy, clean), torch.tensor([20.0, 40.0]))
 
 
+@pytest.mark.full
 def test_ship_writes_weights_config_and_figures(recipe, tmp_path, monkeypatch):
     network = autoencoders.build_kl()
     kl = autoencoders.RECIPES["kl"]

@@ -68,5 +68,7 @@ def test_scaled_latents_have_about_unit_variance(name):
 
 def test_every_shipped_folder_is_used_by_the_world():
     shipped = {path.name for path in world.SHIPPED.iterdir() if path.is_dir()}
-    assert shipped == {recipe.folder for recipe in RECIPES.values()}
-    assert set(world.WEIGHTS.values()) == shipped - {"taehv_autoencoder"}  # what the distilled one began as
+    transformers = {folder for folder in shipped if folder.endswith(("_transformer", "_transformer_causal"))}
+    assert shipped - transformers == {recipe.folder for recipe in RECIPES.values()}
+    # Transformers are put together with random parts by mini/networks.py; the last one is what the distilled began as.
+    assert set(world.WEIGHTS.values()) == shipped - transformers - {"taehv_autoencoder"}

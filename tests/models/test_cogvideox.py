@@ -58,8 +58,8 @@ def test_an_export_is_diffusers_folder(case, folders, tmp_path):
 
 
 def test_a_large_network_is_written_in_shards(folders, tmp_path):
-    transformer = CogVideoX(str(folders["t2v_5b"]), "fp32").transformer
-    saved_networks.save(transformer, transformer.state_dict(), tmp_path, max_shard_size="30KB")
+    large = CogVideoX(str(folders["t2v_5b"]), "fp32").transformer
+    saved_networks.save(large, large.state_dict(), tmp_path, max_shard_size="30KB")
     index = json.loads((tmp_path / "diffusion_pytorch_model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 2
     network = CogVideoX(str(tmp_path), "fp32")

@@ -92,6 +92,8 @@ class AutoencoderSeraena(Autoencoder):
             replay_dtype=replay_dtype,
         )
 
+    is_local = False  # the discriminator's statistics are those of all ranks
+
     def to(self, device: torch.device) -> None:
         self.seraena.to(device)
 

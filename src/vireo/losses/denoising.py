@@ -106,10 +106,14 @@ class Denoising(Loss):
         if self.is_plain:
             return Objective(F.mse_loss(prediction, target), {})
         errors = self.means((prediction - target).square(), batch)
-        metrics = self.by_timestep(timesteps, errors.detach()) if self.learning and self.by_timestep else {}
+        if self.learning and self.by_timestep:
+            self.by_timestep.add(timesteps, errors.detach())
         if self.learning and self.min_snr_gamma is not None:
             errors = errors * self.noise_schedule.min_snr_weights(timesteps, self.min_snr_gamma)
-        return Objective(errors.mean(), metrics)
+        return Objective(errors.mean(), {})
+
+    def end_step(self) -> dict[str, Tensor]:
+        return self.by_timestep.end_step() if self.by_timestep else {}
 
     @property
     def is_plain(self) -> bool:
@@ -134,7 +138,7 @@ class Denoising(Loss):
 
     def to(self, device: torch.device) -> None:
         if self.by_timestep:
-            self.by_timestep.sums = self.by_timestep.sums.to(device)
+            self.by_timestep.to(device)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"by_timestep": self.by_timestep.sums} if self.by_timestep else {}

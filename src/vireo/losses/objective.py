@@ -28,6 +28,7 @@ class Loss:
     """
 
     learning: bool = True
+    is_local: bool = True  # a call waits for no other process, so one for which memory ran out can be made again
 
     # Where validation asks for the loss, by purposes of `draws`; "loss" is the mean over these points. A diffusion loss
     # gives timesteps here, since its value at random ones says little about a network.
@@ -35,6 +36,13 @@ class Loss:
 
     def __call__(self, network: nn.Module, batch: dict, draws: Draws) -> Objective:
         raise TypeError(f"{type(self).__name__} does not say what it minimises: define __call__")
+
+    def end_step(self) -> dict[str, Tensor]:
+        """Figures that take a whole step of all ranks, detached scalars by name; by default none.
+
+        Called on every rank once a step, after its backward passes, so it may be collective where `__call__` is local.
+        """
+        return {}
 
     def to(self, device: torch.device) -> None:
         """Move whatever the loss owns to the device; most losses own nothing."""

@@ -66,6 +66,7 @@ class Replicated(Strategy):
             )
         self.device = self.accelerator.device
         distributed.open_side_group(timeout)
+        self.abandoned = False
 
     def prepare(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
         check_precision(network)
@@ -80,11 +81,16 @@ class Replicated(Strategy):
 
     @contextmanager
     def micro_step(self, last: bool) -> Iterator[None]:
-        if last:
+        if last or self.abandoned:
             yield
         else:
             with self.accelerator.no_sync(self.wrapped):
                 yield
+
+    def abandon(self) -> None:
+        # Ranks whose forward pass was done expect a backward pass that exchanges gradients, others do not. Until the
+        # step's end all of them exchange: what was exchanged before is the same everywhere, and its mean is itself.
+        self.abandoned = True
 
     def backward(self, loss: Tensor) -> None:
         scaler = self.accelerator.scaler
@@ -102,6 +108,7 @@ class Replicated(Strategy):
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        self.abandoned = False
         return norm
 
     def parts(self) -> dict[str, Tensor]:

@@ -37,6 +37,10 @@ class Strategy(ABC):
     def micro_step(self, last: bool) -> AbstractContextManager[None]:
         """Context of one forward and backward pass; `last` of its step or not. Gradients add up over a step."""
 
+    def abandon(self) -> None:
+        """Called on every rank within a micro-step whose backward pass will not come: another one takes its place."""
+        return None
+
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
         """Backward pass of a micro-step's share of the loss, a scalar: the loop has divided by their number."""
