@@ -55,7 +55,7 @@ def test_drawn_shapes_and_folders_resume_exactly(tmp_path):
     words = ["experiment=cogvideox_t2v_lora", "size=mini", f"paths.data={data}", "data.validation=held", *QUIET]
     words += ["data.mix={wide: 1, tall: 3}", "data.buckets=[[9,32,48],[9,48,32],[17,32,48]]", "height=32", "width=32"]
     words += ["batch_size=2", "steps=6", "checkpoint.every=2", "validation.every=null", "validation.clips=1"]
-    straight = runs.train(tmp_path / "straight", *words, shrunk=False)
+    straight = finished(runs.make(tmp_path / "straight", words, shrunk=False))
     runs.same(resumed(tmp_path / "killed", words), straight)
 
 
