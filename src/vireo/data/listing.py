@@ -23,6 +23,16 @@ class Entry:
     text: str | None = None
 
 
+def inside(root: Path, path: Path, allow_outside_root: bool) -> Path:
+    """`path`, which a list of others names, if it lies in `root` or may lie elsewhere: the one guard of all layouts.
+
+    Raises ValueError, for people, for one that leads out of it: absolute, by `..` or by a link.
+    """
+    if allow_outside_root or path.resolve().is_relative_to(root.resolve()):
+        return path
+    raise ValueError(f"{path} lies outside {root}: allow it with +data.allow_outside_root=true")
+
+
 def list_folder(root: Path) -> list[Entry]:
     """All videos below `root`, or if there is none all folders of frames below it, sorted by name.
 
@@ -116,12 +126,10 @@ def _entry(item: Any, root: Path, allow_outside_root: bool) -> Entry:
     text = item.get("text", item.get("caption"))
     if text is not None and not isinstance(text, str):
         raise ValueError(f'"text" is {type(text).__name__}, expected a string')
-    path = root / written  # an absolute path stays itself
-    if not allow_outside_root and not path.resolve().is_relative_to(root.resolve()):
-        raise ValueError(f"{written} lies outside {root}: allow it with +data.allow_outside_root=true")
+    path = inside(root, root / written, allow_outside_root)  # an absolute path stays itself
     plain = Path(os.path.normpath(path))
-    inside = plain.is_relative_to(os.path.normpath(root))
-    return Entry((plain.relative_to(os.path.normpath(root)) if inside else plain).as_posix(), path, text)
+    is_inside = plain.is_relative_to(os.path.normpath(root))
+    return Entry((plain.relative_to(os.path.normpath(root)) if is_inside else plain).as_posix(), path, text)
 
 
 def _is_video(name: str) -> bool:
