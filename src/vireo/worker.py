@@ -26,6 +26,7 @@ from vireo import (
     digests,
     distributed,
     faults,
+    hangs,
     incidents,
     memory,
     objects,
@@ -90,8 +91,7 @@ class Run:
         self.figures: dict[str, float] = {}
         self.started_at = self.saved_at = time.monotonic()
         self.memory_creep = memory.Creep()
-        stacks = folder / "stacks" / f"rank_{distributed.rank()}.txt"
-        self.watchdog = Watchdog(stacks, settings["launcher"]["timeout"])
+        self.watchdog = Watchdog(hangs.file_of(folder, distributed.rank()), settings["launcher"]["timeout"])
         self.writer = ThreadPoolExecutor(1, "checkpoint")
         self.saving: tuple[int, Future | None] | None = None
 

@@ -5,7 +5,6 @@ Frames 00 to 19 are what was there before, frame 20 is what an instruction made 
 `input_frames_folder`, relative to the root), its text (`instruction` or `edit_prompt`) and, perhaps, `task_type`.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from vireo import json_files
 from vireo.data.listing import inside
 from vireo.errors import UserError
 from vireo.video_io import is_frame
@@ -102,29 +102,15 @@ def numbers(frames: list[int]) -> str:
 
 
 def _rows(file: Path) -> Iterator[Any]:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}, byte {error.start}: not UTF-8 text, expected JSON") from error
     if file.suffix == ".jsonl":
-        for number, line in enumerate(text.splitlines(), start=1):
+        for number, line in enumerate(json_files.text(file).splitlines(), start=1):
             if line.strip():
-                yield _parsed(line, f"{file}, line {number}")
+                yield json_files.parse(line, str(file), number)
         return
-    rows = _parsed(text, str(file))
+    rows = json_files.read(file, largest=None)
     if not isinstance(rows, list):
         raise UserError(f"{file}: expected a list of clips, found {type(rows).__name__}")
     yield from rows
-
-
-def _parsed(text: str, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = "" if "line" in place else f", line {error.lineno}"
-        raise UserError(f"{place}{line}, column {error.colno}: malformed JSON: {error.msg}") from error
 
 
 def _name(row: Any) -> str:

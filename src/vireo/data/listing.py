@@ -1,12 +1,12 @@
 """What a dataset consists of: the clips found below a folder, or those listed in an annotation file."""
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vireo import json_files
 from vireo.errors import UserError
 from vireo.video_io import VIDEO_SUFFIXES, is_frame
 
@@ -97,14 +97,7 @@ def shortened(lines: Sequence[str], limit: int = 10) -> str:
 
 
 def _items(file: Path) -> list[Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"the annotation file {file} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}, byte {error.start}: not UTF-8 text, expected JSON") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}, line {error.lineno}, column {error.colno}: malformed JSON: {error.msg}") from error
+    content = json_files.read(file, largest=None)
     items = content.get("list") if isinstance(content, dict) else content
     if not isinstance(items, list):
         raise UserError(f'{file}: expected a list of clips, or an object with one under "list"')
