@@ -12,7 +12,7 @@ import torch._dynamo  # noqa: F401 - which torch's optimizers import
 import torchmetrics.functional.image  # noqa: F401
 
 from tests.sabotage import die_at  # noqa: F401
-from vireo import config, faults, worker
+from vireo import config, orphans, worker
 from vireo.console import set_up_logging
 
 # The TAEHV recipe on the mini world with a network of a few thousand parameters.
@@ -56,7 +56,7 @@ def work(folder: Path, sabotage: Callable[[], None] | None = None, timeout: floa
     parent = os.getpid()
 
     def child() -> None:
-        faults.die_with_parent(parent)
+        orphans.die_with_parent(parent)
         set_up_logging(folder / "train.log")
         if sabotage is not None:
             sabotage()

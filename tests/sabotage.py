@@ -71,10 +71,10 @@ def command(python: list[str], sabotage: str, step: int, parent: str, resolved: 
 
 def work() -> None:
     """What that process does."""
-    from vireo import faults
+    from vireo import orphans
 
     name, step, parent, resolved = sys.argv[1:]
-    faults.die_with_parent(int(parent))
+    orphans.die_with_parent(int(parent))
 
     from vireo import worker
     from vireo.console import set_up_logging

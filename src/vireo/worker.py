@@ -30,6 +30,7 @@ from vireo import (
     incidents,
     memory,
     objects,
+    orphans,
     processes,
     report,
     run_folder,
@@ -258,7 +259,8 @@ class Run:
     def record(self, incident: incidents.Incident) -> None:
         """Keep a step that was turned away; called on every rank, done on the main one."""
         if distributed.is_main():
-            incidents.write(self.folder, incident)
+            with run_folder.dispensable(f"what was wrong with step {incident.step}"):
+                incidents.write(self.folder, incident)
 
     def batches(self, progress: Progress) -> Iterator[dict[str, Any]]:
         """This rank's micro-batches from `progress` to the end of the run."""
@@ -303,7 +305,7 @@ class Run:
             with self.watchdog.paused():
                 self.save(progress, final=last)
                 if improved and saving["keep_best"]:
-                    self.export(self.folder / "export" / "best")
+                    self._exported(self._export_best, self.folder / "export" / "best")
 
     def _note_best(self, step: int) -> bool:
         """Whether this validation is the best so far, by `validation.metric`."""
@@ -404,6 +406,13 @@ class Run:
             state = self.strategy.full_state()
             return export(folder, state) if distributed.is_main() else None
 
+    def _export_best(self, folder: Path, state: Mapping[str, Tensor]) -> None:
+        """A failure is told, and the run goes on, as after a failed save; `vireo export` makes it of the checkpoint."""
+        try:
+            self.network.export(folder, state)
+        except Exception as error:  # a full disk, as each writer says it
+            log.error("%s could not be written: %s: %s", folder, type(error).__name__, error)
+
     def _try_export(self) -> None:
         """An export that would fail after days fails now."""
         trial = self.folder / "export" / ".trial"
@@ -462,6 +471,7 @@ def main(path: Path, text: str | None = None) -> int:
     text: what `path` holds, for a process that was told it.
     """
     code = _main(path, text)
+    orphans.end_children()
     failed = code not in (faults.EXIT_FINISHED, faults.EXIT_STOPPED)
     if failed:
         processes.note_failure(int(os.environ.get("RANK", "0")))

@@ -331,6 +331,7 @@ class CaptionedClips:
         assert clip.video is not None and clip.info is not None
         _, height, width = clip.bucket
         with VideoReader(clip.video, clip.info.decoder) as video:
+            video.expect(clip.info.num_frames)
             return resize(video.get(indices), height, width, self.resize).contiguous()
 
     # ------------------------------------------------------------------ what there is

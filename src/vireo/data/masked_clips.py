@@ -323,10 +323,7 @@ class MaskedClips:
         """uint8 RGB (T, 3, H, W) at the video's own size."""
         info = self.infos[name]
         with VideoReader(self.videos[name].path, info.decoder) as video:
-            if max(numbers) >= len(video):
-                raise BadVideoError(
-                    video.path, f"it has {len(video)} frames now, {info.num_frames} when last looked at"
-                )
+            video.expect(info.num_frames)
             frames = video.get(numbers)
         if frames.shape[2:] != (info.height, info.width):
             found = "x".join(map(str, frames.shape[:1:-1]))
