@@ -1,4 +1,4 @@
-"""What becomes of a video that breaks while a run reads it, for every kind of broken file: docs/reliability.md's table."""
+"""What becomes of every kind of broken video, at the start and while a run reads it: docs/reliability.md's table."""
 
 import re
 from pathlib import Path
