@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import threading
+import time
 
 import pytest
 import torch
@@ -92,6 +93,33 @@ def test_asked_to_stop(tmp_path, undisturbed, number):
     assert checkpoint.steps(folder)[-1] == 5 and not (folder / "finished").exists()
     assert runs.work(folder) == 0
     assert runs.metrics(folder) == runs.metrics(undisturbed[1])
+
+
+def test_a_second_ctrl_c_during_the_save_ends_at_once(tmp_path, undisturbed):
+    def arm():
+        from vireo import training
+
+        original, flush, asked = training.seed_default, checkpoint._flush, []
+
+        def ask(seed, purpose, position):
+            if position[0] == 4 and not asked:
+                asked.append(os.kill(os.getpid(), signal.SIGINT))
+            original(seed, purpose, position)
+
+        def slow(path):
+            if asked:
+                time.sleep(1.2)  # what comes sooner is the same Ctrl-C, heard twice
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(60)
+            flush(path)
+
+        training.seed_default, checkpoint._flush = ask, slow
+
+    folder = runs.make(tmp_path, [])
+    assert runs.work(folder, arm, timeout=50) == 75
+    assert checkpoint.steps(folder) == [3, 4], "no half of step 5 is visible"
+    assert runs.work(folder) == 0
+    same(folder, undisturbed[1])
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, undisturbed):
