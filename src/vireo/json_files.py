@@ -36,7 +36,7 @@ def parse(text: str, place: str, line: int | None = None) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        where = f"{place}, line {line or error.lineno}, column {error.colno}"
-        raise UserError(f"{where}: malformed JSON: {error.msg}") from error
+        found = line or error.lineno
+        raise UserError(f"{place}, line {found}, column {error.colno}: malformed JSON: {error.msg}") from error
     except (RecursionError, ValueError) as error:  # brackets in brackets in …, a number of thousands of digits
         raise UserError(f"{place}: this JSON is not read: {error}") from error
