@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,14 @@ def inside(root: Path, path: Path, allow_outside_root: bool) -> Path:
 
     Raises ValueError, for people, for one that leads out of it: absolute, by `..` or by a link.
     """
-    if allow_outside_root or path.resolve().is_relative_to(root.resolve()):
+    if allow_outside_root or path.resolve().is_relative_to(_resolved(os.path.abspath(root))):
         return path
     raise ValueError(f"{path} lies outside {root}: allow it with +data.allow_outside_root=true")
+
+
+@lru_cache(maxsize=64)
+def _resolved(root: str) -> Path:
+    return Path(root).resolve()  # asks the disk for each of its parts, and lists have millions of lines
 
 
 def list_folder(root: Path) -> list[Entry]:
