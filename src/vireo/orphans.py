@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import sys
+from multiprocessing import util
 
 
 def die_with_parent(parent: int, number: int = signal.SIGTERM) -> None:
@@ -18,10 +19,14 @@ def die_with_parent(parent: int, number: int = signal.SIGTERM) -> None:
         os.kill(os.getpid(), number)
 
 
-def end_children() -> None:
-    """Kill what this process has started by multiprocessing and what has not ended with its work.
+def end_children_at_exit() -> None:
+    """Kill what this process has started by multiprocessing and what is still there when Python exits.
 
-    Loader workers ignore SIGTERM, so Python would wait at its exit for one that hangs, for ever.
+    Loader workers ignore SIGTERM, with which Python ends such children, and it waits for one that hangs for ever.
     """
+    util.Finalize(None, _end_children, exitpriority=0)
+
+
+def _end_children() -> None:
     for child in multiprocessing.active_children():
         child.kill()

@@ -30,7 +30,6 @@ from vireo import (
     incidents,
     memory,
     objects,
-    orphans,
     processes,
     report,
     run_folder,
@@ -471,7 +470,6 @@ def main(path: Path, text: str | None = None) -> int:
     text: what `path` holds, for a process that was told it.
     """
     code = _main(path, text)
-    orphans.end_children()
     failed = code not in (faults.EXIT_FINISHED, faults.EXIT_STOPPED)
     if failed:
         processes.note_failure(int(os.environ.get("RANK", "0")))

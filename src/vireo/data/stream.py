@@ -286,6 +286,7 @@ def loader(
     pin: bool = False,
 ) -> DataLoader:
     """Micro-batches in order. timeout: seconds after which a worker that gives nothing ends the run."""
+    orphans.end_children_at_exit()
     return DataLoader(
         stream,
         batch_sampler=slices,
