@@ -23,8 +23,8 @@ def extract(root: Path, videos: str | None, out: Path, allow_outside_root: bool 
     UserError if a clip cannot be read (all of these together), since a shorter list would move pictures to other clips,
     and if there are pictures already.
     """
-    names = {"prompts": None, "videos": videos}
-    lists = caption_lists.read(root, names, allow_outside_root=allow_outside_root)
+    kinds = {"prompts": None, "videos": videos}
+    lists = caption_lists.read(root, kinds, allow_outside_root=allow_outside_root)
     if lists.problems or "videos" not in lists.files:
         told = shortened(lists.problems or [f"there is no {caption_lists.ALIASES['videos'][0]}"])
         raise UserError(f"{root} cannot be used:\n{told}")
