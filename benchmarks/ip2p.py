@@ -9,10 +9,9 @@ Every comparison alternates between the two in this process; loading happens in 
 
 import argparse
 import itertools
-import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from loop import Loop
 from paired import paired, verdict
-from vireo import cache_filling, config, distributed, faults, objects
+from vireo import cache_filling, config, distributed, objects
 from vireo.cache import Cache
 from vireo.data.stream import Slices, Stream, loader
-from vireo.ema import ExponentialMovingAverage
-from vireo.hangs import Watchdog
 from vireo.mini import world
-from vireo.strategies.replicated import Replicated
-from vireo.training import Progress, train
 
 STEPS = 5  # of one round
 WORDS = ["experiment=ip2p_video", "tracker=none", "loader.workers=0"]
@@ -68,55 +64,11 @@ def _count(work: Callable[[], object]) -> int:
 # ------------------------------------------------------------------------------------------------------------- steps
 
 
-class Loop:
-    """Rounds of the experiment's steps through vireo's loop, going on where the last one ended."""
-
-    def __init__(self, settings: dict[str, Any], dataset: Any, encoder: Any, cache: Cache | None) -> None:
-        self.settings, self.encoder = settings, encoder
-        self.stream = Stream(dataset, settings["seed"], cache=cache)
-        self.network, policy = objects.network(settings), objects.freeze_policy(settings)
-        policy(self.network)
-        self.optimizer = objects.optimizer(settings)(policy.groups(self.network, settings["lr"]), lr=settings["lr"])
-        self.strategy = Replicated(precision="fp32")
-        self.wrapped = self.strategy.prepare(self.network, self.optimizer)
-        self.average = ExponentialMovingAverage(self.strategy.parts(), settings["ema"]["decay"])
-        self.loss, self.schedule = objects.loss(settings), objects.schedule(settings)
-        self.batches = self._batches()
-        self.step = 0
-
-    def _batches(self) -> Iterator[dict[str, Any]]:
-        slices = Slices(0, 0, 10**6, self.settings["batch_size"], 1, 0, 1)
-        return iter(loader(self.stream, slices, workers=0))
-
-    def __call__(self) -> None:
-        base = [group["lr"] for group in self.optimizer.param_groups]
-        self.step = train(
-            self.wrapped,
-            self.encoder,
-            self.loss,
-            self.batches,
-            self.optimizer,
-            self.schedule,
-            self.strategy,
-            self.average,
-            seed=0,
-            progress=Progress(self.step, self.step * self.settings["batch_size"], 0),
-            steps=self.step + STEPS,
-            batch_size=self.settings["batch_size"],
-            accumulation=1,
-            max_grad_norm=1.0,
-            log_every=10,
-            max_consecutive_skips=10,
-            max_loss_rise=None,
-            max_bad_files=1,
-            stop=faults.StopRequest(),
-            watchdog=Watchdog(Path(os.devnull), timeout=3600),
-            report=lambda step, figures: None,
-            record=lambda incident: None,
-            at_boundary=lambda progress, last: None,
-        ).step
-        for group, rate in zip(self.optimizer.param_groups, base, strict=True):
-            group["lr"] = rate  # the loop takes what it finds for the base rate
+def loop(settings: dict[str, Any], dataset: Any, encoder: Any, cache: Cache | None) -> Loop:
+    """Rounds of the experiment's steps, loading included."""
+    stream = Stream(dataset, settings["seed"], cache=cache)
+    slices = Slices(0, 0, 10**6, settings["batch_size"], 1, 0, 1)
+    return Loop(settings, encoder, iter(loader(stream, slices, workers=0)), STEPS)
 
 
 def bare(settings: dict[str, Any], dataset: Any, cache: Cache, samples: int) -> Callable[[], None]:
@@ -222,8 +174,8 @@ def main() -> None:
     preparation(256, max(pairs // 6, 3), clips=2)
     with tempfile.TemporaryDirectory() as folder:
         cache = warm_start(settings, dataset, Path(folder))
-        cached = Loop(settings, dataset, encoder, cache)
-        uncached = Loop(settings, dataset, encoder, None)
+        cached = loop(settings, dataset, encoder, cache)
+        uncached = loop(settings, dataset, encoder, None)
         print(f"step cached / uncached   {paired(cached, uncached, max(pairs // 6, 2), warmup=1)}", flush=True)
         for _ in range(len(dataset) // (STEPS * settings["batch_size"]) + 1):
             cached()  # an epoch, after which entries are in memory

@@ -1,7 +1,7 @@
 """python benchmarks/learn.py [case …] [key=value …]
 
-Does it learn? Each case is an ordinary run of train.py on the mini world, shown beside its naive baselines with the
-CPU seconds it took. Without a case, all of them run.
+Does it learn? Each case is an ordinary run of train.py on the mini world, or a chain of them, shown beside its naive
+baselines with the CPU seconds it took. Without a case, all of them run.
 """
 
 import json
@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from vireo import config, report
+from vireo import config, report, run_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -28,6 +28,8 @@ CASES = {
         "validation.clips=96",
         "checkpoint.every=400",
     ],
+    # Both stages, from networks that know nothing: first single frames, then motion.
+    "diffueraser": ["experiment=diffueraser", "schedule=cosine", "validation.clips=16"],
     # From nothing: Muon, and mostly small crops, since a young autoencoder needs many independent pictures a second.
     "taehv_scratch": [
         "experiment=taehv",
@@ -44,17 +46,32 @@ CASES = {
 }
 
 
-def run(case: str, further: list[str]) -> tuple[dict[str, float], dict[str, float], float, int]:
-    """Figures of the held-out clips before the first and after the last step, CPU seconds, steps."""
+# The stages of DiffuEraser on the same clips, in which all holes move: what they hide is seen in other frames.
+MOVING_HOLES = ["data.num_frames=9", "model.sampler.window=9", "data.mask.p_static=0"]
+
+
+def run(case: str, further: list[str]) -> list[Path]:
+    """Train, and say what the held-out clips were like before the first and after the last step; the runs' folders."""
     words = [*CASES[case], f"run=learn_{case}", "tracker=none", *further]
-    settings = config.settings(words)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, str(ROOT / "train.py"), *words], check=True, cwd=ROOT)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    rows = [json.loads(line) for line in (config.run_folder(settings) / "metrics.jsonl").read_text().splitlines()]
-    figures = [row for row in rows if "validation/loss" in row]
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return figures[0], figures[-1], cpu, figures[-1]["step"]
+    print(f"\n{case}: {cpu:.0f} CPU s in all (imports, validation and data included)")
+    stages = run_folder.stages(config.run_folder(config.settings(words)))
+    for name, folder in stages.items():
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        figures = [row for row in rows if "validation/loss" in row]
+        for when, row in (("before", figures[0]), (f"after {figures[-1]['step']} steps", figures[-1])):
+            print(f"{name} {when}\n{report.comparison({k: v for k, v in row.items() if k != 'step'})}")
+    return list(stages.values())
+
+
+def evaluate(folder: Path, *words: str) -> None:
+    """As `vireo evaluate` does."""
+    command = [sys.executable, "-c", "from vireo import cli; raise SystemExit(cli.vireo())", "evaluate"]
+    print(f"\n{folder.resolve().name}, {' '.join(words)}", flush=True)
+    subprocess.run([*command, f"run={folder.resolve()}", *words], check=True, cwd=ROOT)
 
 
 def staged() -> None:
@@ -83,10 +100,10 @@ def main() -> None:
         if case == "taehv_staged":
             staged()
             continue
-        start, end, cpu, steps = run(case, further)
-        print(f"\n{case}: {steps} steps, {cpu:.0f} CPU s in all (imports, validation and data included)")
-        print(f"before\n{report.comparison({k: v for k, v in start.items() if k != 'step'})}")
-        print(f"after\n{report.comparison({k: v for k, v in end.items() if k != 'step'})}")
+        folders = run(case, further)
+        if case == "diffueraser":
+            for folder in folders:
+                evaluate(folder, *MOVING_HOLES)
 
 
 if __name__ == "__main__":

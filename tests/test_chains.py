@@ -12,34 +12,45 @@ from tests.test_launch import vireo  # noqa: F401 - a fixture
 from vireo import chains, checkpoint, config, faults, launch, ranks, run_folder
 from vireo.errors import UserError
 
-CHAIN = [*runs.TINY, "steps=2", "chain.one.experiment=taehv", "chain.two.experiment=taehv", "chain.two.steps=3"]
+CHAIN = [*runs.TINY, "steps=4", "chain.one.experiment=taehv", "chain.two.experiment=taehv", "chain.two.steps=5"]
+CHAIN += ["checkpoint.every=2", "validation.every=null", "validation.clips=1"]
 
 
 def stages(outputs, name="both"):
     return run_folder.stages(outputs / "taehv" / name)
 
 
-def test_each_stage_starts_from_the_export_of_the_one_before(vireo, tmp_path):  # noqa: F811
-    code, said = vireo("train", *CHAIN, "run=both")
-    assert code == 0 and "two, stage 2 of 2" in said, said
-    first, second = stages(tmp_path).values()
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory):
+    """A folder of outputs with the chain "both", which nothing has interrupted."""
+    outputs = tmp_path_factory.mktemp("calm")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "start", lambda resolved, launcher, held: abs(runs.work(resolved.parent)))
+        done = launch.train(*CHAIN, "run=both", f"paths.outputs={outputs}")
+    assert done.exit_code == faults.EXIT_FINISHED and checkpoint.latest(done.folder).step == 5
+    return outputs
+
+
+def test_each_stage_starts_from_the_export_of_the_one_before(calm, vireo, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("VIREO_OUTPUTS", str(calm))
+    first, second = stages(calm).values()
     assert (first.resolve().name, second.resolve().name) == ("both-one", "both-two")
     assert config.load_resolved(second / "resolved.yaml")["init_from"] == str(first.resolve() / "export")
-    assert [checkpoint.latest(folder).step for folder in (first, second)] == [2, 3]
+    assert [checkpoint.latest(folder).step for folder in (first, second)] == [4, 5]
     psnr = [[row["validation/psnr"] for row in runs.metrics(folder) if "validation/psnr" in row] for folder in
             (first, second)]  # fmt: skip
     assert psnr[1][0] == pytest.approx(psnr[0][-1], abs=1e-6)
 
     stamps = [(folder / "metrics.jsonl").stat().st_mtime_ns for folder in (first, second)]
     code, said = vireo("train", *CHAIN, "run=both")
-    assert code == 0 and said.count("is finished") == 2
+    assert code == 0 and said.count("is finished") == 2 and "two, stage 2 of 2" in said, said
     assert stamps == [(folder / "metrics.jsonl").stat().st_mtime_ns for folder in (first, second)]
 
     code, said = vireo("runs")
     assert code == 0 and "both (two)" in said
     code, said = vireo("report", "run=both")
     assert code == 0 and "both-one" in said and "both-two" in said and said.count("curves.png") == 2
-    code, said = vireo("export", "run=both", "step=3", f"out={tmp_path / 'out'}")
+    code, said = vireo("export", "run=both", "step=5", f"out={tmp_path / 'out'}")
     assert code == 0
     exported = load_file(tmp_path / "out" / "taecvx.safetensors")
     trained = load_file(second / "export" / "taecvx.safetensors")
@@ -48,10 +59,8 @@ def test_each_stage_starts_from_the_export_of_the_one_before(vireo, tmp_path):  
     assert code == 0 and (tmp_path / "shown" / "clip_000.png").exists()
 
 
-def test_a_killed_stage_goes_on_where_it_stopped(vireo, tmp_path, monkeypatch):  # noqa: F811
-    words = [*CHAIN, "run=both", "steps=4", "chain.two.steps=4", "checkpoint.every=2", "validation.every=null"]
-    words += ["validation.at_start=false", "validation.clips=1"]
-    assert vireo("train", *words, f"paths.outputs={tmp_path / 'calm'}")[0] == 0
+def test_a_killed_stage_goes_on_where_it_stopped(calm, vireo, tmp_path, monkeypatch):  # noqa: F811
+    words = [*CHAIN, "run=both"]
     deadly = ["both-one", "both-two"]
 
     def killed_once(resolved, launcher, held):
@@ -63,9 +72,9 @@ def test_a_killed_stage_goes_on_where_it_stopped(vireo, tmp_path, monkeypatch): 
     assert vireo("train", *words)[0] == signal.SIGKILL and list(stages(tmp_path)) == ["one", "two"]
     code, said = vireo("train", *words)
     assert code == 0 and said.count("is finished") == 1, said
-    for folder, calm in zip(stages(tmp_path).values(), stages(tmp_path / "calm").values(), strict=True):
-        assert runs.metrics(folder) == runs.metrics(calm)
-        one, two = checkpoint.latest(folder).tensors("network"), checkpoint.latest(calm).tensors("network")
+    for folder, undisturbed in zip(stages(tmp_path).values(), stages(calm).values(), strict=True):
+        assert runs.metrics(folder) == runs.metrics(undisturbed)
+        one, two = checkpoint.latest(folder).tensors("network"), checkpoint.latest(undisturbed).tensors("network")
         assert all(torch.equal(one[name], two[name]) for name in one)
 
 
@@ -74,10 +83,11 @@ def test_a_mistake_in_the_last_stage_is_told_before_the_first_one_starts(vireo, 
     assert code == 2 and "chain.two: lrr: there is no such key" in said and not (tmp_path / "taehv").exists()
 
 
+@pytest.mark.full
 def test_a_sweep_over_a_stages_key_shares_the_stage_before(vireo, tmp_path):  # noqa: F811
     code, said = vireo("train", "-m", *CHAIN, "chain.two.lr=1e-3,1e-4")
     assert code == 0, said
-    assert said.count("is finished (step 2)") == 1, "the second job finds the first stage done"
+    assert said.count("is finished (step 4)") == 1, "the second job finds the first stage done"
     notes = [json.loads(path.read_text()) for path in tmp_path.glob("sweeps/*/*/job.json")]
     lasts = {config.load_resolved(run_folder.Path(one["run"]) / "resolved.yaml")["lr"] for one in notes}
     assert lasts == {1e-3, 1e-4}
@@ -100,10 +110,3 @@ def test_what_a_chain_cannot_do(monkeypatch, tmp_path):
     monkeypatch.setattr(ranks, "started", lambda: ranks.World(0, 2, "torchrun"))
     with pytest.raises(UserError, match="torchrun owns them"):
         chains.run(settings, CHAIN, [], lambda *_: None)
-
-
-@pytest.mark.full
-def test_from_a_program(tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "start", lambda resolved, launcher, held: abs(runs.work(resolved.parent)))
-    done = launch.train(*CHAIN, f"paths.outputs={tmp_path}")
-    assert done.exit_code == faults.EXIT_FINISHED and checkpoint.latest(done.folder).step == 3

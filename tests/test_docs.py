@@ -270,13 +270,15 @@ SHORT = {
 }
 ALWAYS_SHORT = ("steps", "batch_size")
 EDITS = ("experiment=ip2p_video", "experiment=ip2p_image")
+INPAINTING = ("experiment=diffueraser", "experiment=diffueraser_stage1")
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     """A folder for each placeholder of the pages, and everything imported that a run imports.
 
-    Clips and edits of one's own; weights under the released names, small but for TAEHV's; an editor that was exported.
+    Clips, edits and videos of one's own; weights under the released names, small but for TAEHV's; an editor that was
+    exported.
     """
     import matplotlib.pyplot  # noqa: F401
     import pandas  # noqa: F401
@@ -299,6 +301,7 @@ def world(tmp_path_factory) -> Path:
         frames = torch.randint(0, 256, (3, 3, 48, 64), dtype=torch.uint8).repeat_interleave(9, dim=0)
         video_io.write_video(folder / "clips" / f"{number}.mp4", frames, fps=8)
     edits.write(folder / "edits", suffix=".jpg")
+    (folder / "videos").symlink_to(world.ensure() / "data")
     (folder / "weights").mkdir()
     for path in (world.ensure() / "weights").iterdir():
         (folder / "weights" / path.name).symlink_to(path)
@@ -312,8 +315,8 @@ def world(tmp_path_factory) -> Path:
 
 
 def in_place(text: str, world: Path) -> str:
-    """The placeholders /clips, /edits, /weights and /editor as folders that exist."""
-    return re.sub(r"(?<![\w.])/(clips|edits|weights|editor)\b", rf"{world}/\1", text)
+    """The placeholders /clips, /edits, /videos, /weights and /editor as folders that exist."""
+    return re.sub(r"(?<![\w.])/(clips|edits|videos|weights|editor)\b", rf"{world}/\1", text)
 
 
 def in_world(words: list[str], world: Path) -> list[str]:
@@ -388,7 +391,7 @@ def shortened(words: list[str]) -> list[str]:
     words = [word.partition(",")[0] if word in swept[1:] else word for word in words]
     given = {word.partition("=")[0] for word in words}
     short = {key: value for key, value in SHORT.items() if key in ALWAYS_SHORT or key not in given}
-    if set(EDITS) & set(words):
+    if {*EDITS, *INPAINTING} & set(words):
         short["model.sampler.num_inference_steps"] = "2"
     if "debug" in given:  # says itself how many steps it needs
         del short["steps"]
@@ -424,7 +427,7 @@ def test_commands_run(page, world, tmp_path):
     for words in commands(page):
         run(in_world(words, world), tmp_path)
         for name in [word.removeprefix("run=") for word in words if word.startswith("run=")]:
-            assert list(tmp_path.glob(f"outputs/*/{name}/finished")), f"{shlex.join(words)} finished no run"
+            assert list(tmp_path.glob(f"outputs/*/{name}*/finished")), f"{shlex.join(words)} finished no run"
 
 
 def test_the_test_on_the_page_passes(tmp_path):

@@ -1,7 +1,7 @@
 """Small networks with random weights in the places of DiffuEraser's and of what it is made from.
 
 `vireo.mini.networks` writes them, in a process of their own. Motion modules begin as they do in AnimateDiff: what
-they add is zero. So does BrushNet.
+they add is zero. The released BrushNet adds something, as a trained one does: from zeros it would begin to learn late.
 """
 
 import json
@@ -16,7 +16,7 @@ UNET: dict[str, Any] = {
     "sample_size": 8,
     "in_channels": 4,
     "out_channels": 4,
-    "block_out_channels": [64, 96],  # multiples of 32: some motion modules have 32 groups whatever the config says
+    "block_out_channels": [32, 64],  # multiples of 32: some motion modules have 32 groups whatever the config says
     "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
     "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
     "layers_per_block": 1,
@@ -75,4 +75,6 @@ def _save(kind: Any, config: dict[str, Any], folder: Path) -> None:
         if name.endswith("proj_out") and "motion_modules" in name:
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
+        if name.startswith("brushnet_") and isinstance(module, nn.Conv2d):
+            module.reset_parameters()
     network.save_pretrained(folder)
