@@ -8,11 +8,16 @@ from pathlib import Path
 
 import accelerate  # noqa: F401 - imported here so that no forked worker has to
 import matplotlib.pyplot  # noqa: F401
-import torch._dynamo  # noqa: F401 - which torch's optimizers import
+import torch
+import torch._dynamo  # which torch's optimizers import
 import torchmetrics.functional.image  # noqa: F401
 
 from tests.sabotage import die_at  # noqa: F401
+<<<<<<< HEAD
 from vireo import config, orphans, worker
+=======
+from vireo import checkpoint, config, faults, worker
+>>>>>>> refs/heads/cog2
 from vireo.console import set_up_logging
 
 # The TAEHV recipe on the mini world with a network of a few thousand parameters.
@@ -83,3 +88,14 @@ def metrics(folder: Path) -> list[dict]:
     """Rows of metrics.jsonl without what the machine measured."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in row.items() if key not in TIMING} for row in rows]
+
+
+def same(one: Path, two: Path) -> None:
+    """Two runs' figures and last checkpoints, bit for bit."""
+    assert metrics(one) == metrics(two)
+    a, b = checkpoint.latest(one), checkpoint.latest(two)
+    assert a is not None and b is not None and a.state == b.state
+    for part in ("network", "optimizer", "ema"):
+        first, second = a.tensors(part), b.tensors(part)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first), part

@@ -271,14 +271,15 @@ SHORT = {
 ALWAYS_SHORT = ("steps", "batch_size")
 EDITS = ("experiment=ip2p_video", "experiment=ip2p_image")
 INPAINTING = ("experiment=diffueraser", "experiment=diffueraser_stage1")
+CAPTIONED = ("experiment=cogvideox_t2v_lora",)
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     """A folder for each placeholder of the pages, and everything imported that a run imports.
 
-    Clips, edits and videos of one's own; weights under the released names, small but for TAEHV's; an editor that was
-    exported.
+    Clips, edits, videos and captioned clips of one's own; weights under the released names, small but for TAEHV's; an
+    editor and a LoRA that were exported.
     """
     import matplotlib.pyplot  # noqa: F401
     import pandas  # noqa: F401
@@ -287,11 +288,13 @@ def world(tmp_path_factory) -> Path:
     from diffusers import AutoencoderKL, AutoencoderKLCogVideoX  # noqa: F401
     from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
-    from tests.data import edits
+    from tests.data import captions, edits
     from vireo import report, video_io, worker  # noqa: F401
     from vireo.data import frame_edits  # noqa: F401
     from vireo.diffusion.noise_schedule import NoiseSchedule
+    from vireo.lora import LoRA
     from vireo.mini import world
+    from vireo.models.cogvideox import CogVideoX
     from vireo.models.taehv import TAEHV
     from vireo.models.video_ip2p import VideoEditor
 
@@ -301,6 +304,8 @@ def world(tmp_path_factory) -> Path:
         frames = torch.randint(0, 256, (3, 3, 48, 64), dtype=torch.uint8).repeat_interleave(9, dim=0)
         video_io.write_video(folder / "clips" / f"{number}.mp4", frames, fps=8)
     edits.write(folder / "edits", suffix=".jpg")
+    for part in ("captioned", "captioned/validation"):
+        captions.write(folder / part, [9, 9])
     (folder / "videos").symlink_to(world.ensure() / "data")
     (folder / "weights").mkdir()
     for path in (world.ensure() / "weights").iterdir():
@@ -311,19 +316,23 @@ def world(tmp_path_factory) -> Path:
     released = str(folder / "weights" / "instruct-pix2pix")
     editor = VideoEditor(20, released, NoiseSchedule(prediction_type="v_prediction"))
     editor.export(folder / "editor", editor.state_dict())
+    adapted = CogVideoX(str(folder / "weights" / "CogVideoX-5b"), "fp32")
+    LoRA(rank=4, alpha=4)(adapted)
+    adapted.export(folder / "lora", adapted.state_dict())
     return folder
 
 
 def in_place(text: str, world: Path) -> str:
-    """The placeholders /clips, /edits, /videos, /weights and /editor as folders that exist."""
-    return re.sub(r"(?<![\w.])/(clips|edits|videos|weights|editor)\b", rf"{world}/\1", text)
+    """The placeholders /clips, /edits, /videos, /captioned, /weights, /editor and /lora as folders that exist."""
+    return re.sub(r"(?<![\w.])/(clips|edits|videos|captioned|weights|editor|lora)\b", rf"{world}/\1", text)
 
 
 def in_world(words: list[str], world: Path) -> list[str]:
-    """A command with folders that exist. The demonstration of edits reads the few of the world, not its hundreds."""
+    """A command with folders that exist. Demonstrations of edits and captions read the few here, not hundreds."""
     words = [in_place(word, world) for word in words]
-    if set(EDITS) & set(words) and not any(word.startswith("size=") for word in words):
-        words += ["size=mini", f"paths.data={world}/edits"]
+    for experiments, data in ((EDITS, "edits"), (CAPTIONED, "captioned")):
+        if set(experiments) & set(words) and not any(word.startswith("size=") for word in words):
+            words += ["size=mini", f"paths.data={world}/{data}"]
     return words
 
 
@@ -391,7 +400,7 @@ def shortened(words: list[str]) -> list[str]:
     words = [word.partition(",")[0] if word in swept[1:] else word for word in words]
     given = {word.partition("=")[0] for word in words}
     short = {key: value for key, value in SHORT.items() if key in ALWAYS_SHORT or key not in given}
-    if {*EDITS, *INPAINTING} & set(words):
+    if {*EDITS, *INPAINTING, *CAPTIONED} & set(words):
         short["model.sampler.num_inference_steps"] = "2"
     if "debug" in given:  # says itself how many steps it needs
         del short["steps"]

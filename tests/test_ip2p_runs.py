@@ -64,17 +64,6 @@ def close(one, two):
         assert {n: a[n] for n in losses} == pytest.approx({n: b[n] for n in losses}, rel=1e-5)
 
 
-def same(one, two):
-    """Two runs' figures and last checkpoints, bit for bit."""
-    assert runs.metrics(one) == runs.metrics(two)
-    a, b = checkpoint.latest(one), checkpoint.latest(two)
-    assert a is not None and b is not None and a.state == b.state
-    for part in ("network", "optimizer", "ema"):
-        first, second = a.tensors(part), b.tensors(part)
-        assert first.keys() == second.keys()
-        assert all(torch.equal(first[name], second[name]) for name in first), part
-
-
 def test_cached_and_uncached_runs_have_the_same_losses(words, plain, tmp_path):
     close(runs.train(tmp_path, *words, "cache=off", shrunk=False), plain)
     assert not (tmp_path / "cache").exists()
@@ -116,7 +105,7 @@ def test_a_text_encoder_learns_resumes_and_is_exported(words, tmp_path):
     folder = runs.make(tmp_path / "killed", [*words, *more], shrunk=False)
     assert runs.work(folder, runs.die_at(2)) == -signal.SIGKILL
     assert runs.work(folder) == 0
-    same(folder, straight)
+    runs.same(folder, straight)
     network = checkpoint.latest(folder).tensors("network")
     pipeline = VideoInstructPix2PixPipeline.from_pretrained(folder / "export")
     start = objects.network(config.load_resolved(folder / "resolved.yaml")).state_dict()

@@ -7,7 +7,7 @@ from torch import nn
 
 from vireo.errors import UserError
 from vireo.muon import Muon
-from vireo.optimizers import adamw, adamw_8bit, load_moments, moment_bytes, moments
+from vireo.optimizers import OffloadedAdamW, adamw, adamw_8bit, load_moments, moment_bytes, moments
 
 
 def make(network):
@@ -48,6 +48,29 @@ def test_foreign_moments_are_refused():
         load_moments(make(nn.Linear(3, 2)), {"other|exp_avg": torch.zeros(1)})
     with pytest.raises(UserError, match=r"exp_avg of weight has shape \(1,\)"):
         load_moments(make(nn.Linear(3, 2)), {"weight|exp_avg": torch.zeros(1)})
+
+
+def test_offloaded_moments_make_the_same_updates_and_survive_a_restart():
+    def offloaded(network):
+        return OffloadedAdamW([{"name": "default", "params": list(network.named_parameters())}], lr=0.1)
+
+    torch.manual_seed(0)
+    one, two, three = (nn.Linear(3, 2) for _ in range(3))
+    two.load_state_dict(one.state_dict())
+    first, second = make(one), offloaded(two)
+    for _ in range(3):
+        step(one, first)
+        step(two, second)
+    three.load_state_dict(two.state_dict())
+    third = offloaded(three)
+    load_moments(third, moments(second))
+    for _ in range(2):
+        step(one, first)
+        step(two, second)
+        step(three, third)
+    for a, b, c in zip(one.parameters(), two.parameters(), three.parameters(), strict=True):
+        assert torch.equal(a, b) and torch.equal(b, c)
+    assert moment_bytes(second) == 0 < moment_bytes(first)
 
 
 class AdamW8bit(torch.optim.Optimizer):

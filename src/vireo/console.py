@@ -49,7 +49,7 @@ class Console:
     def show(self, step: int, figures: Mapping[str, float]) -> None:
         """Show the figures of a step: loss, rate, speed, memory and time left, or a validation's results."""
         if "loss" not in figures:
-            self.write(f"step {step:>7}  held-out clips  {_validation(figures)}")
+            self.write(f"step {step:>7}  held-out clips  {_validation(figures) or 'have no videos to compare with'}")
             return
         seconds = figures["seconds_per_step"]
         text = (

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw as functional_adamw
 
 from vireo.errors import UserError
 
@@ -46,6 +47,55 @@ def adamw_8bit(
     return AdamW8bit(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, weight_decay=weight_decay)
 
 
+class OffloadedAdamW(torch.optim.Optimizer):
+    """AdamW whose moments stay in the host's memory, where its CPU makes the updates.
+
+    On a GPU that is 8 bytes less for each number that learns, for a copy of its gradient to the host and of its value
+    to and fro at each step. For one process, or replicas; strategies with parts have offloads of their own.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[dict],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+    ) -> None:
+        super().__init__(groups, {"lr": lr, "betas": (betas[0], betas[1]), "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group)
+
+    def _update(self, parameter: Tensor, group: dict) -> None:
+        value, gradient = parameter.detach().cpu(), parameter.grad.cpu()  # type: ignore[union-attr]
+        stored = self.state[parameter] or {
+            "step": torch.zeros(()),
+            "exp_avg": torch.zeros_like(value),
+            "exp_avg_sq": torch.zeros_like(value),
+        }
+        state = self.state[parameter] = {name: moment.cpu() for name, moment in stored.items()}
+        functional_adamw(
+            [value],
+            [gradient],
+            [state["exp_avg"]],
+            [state["exp_avg_sq"]],
+            [],
+            [state["step"]],
+            fused=True,
+            amsgrad=False,
+            maximize=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            **{name: group[name] for name in ("lr", "eps", "weight_decay")},
+        )
+        parameter.copy_(value)
+
+
 def guarded_step(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
     """One update, turned away where `finite` (bool scalar on the device) is false.
 
@@ -59,13 +109,15 @@ def guarded_step(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
 
 
 def moment_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes that the optimizer's moments take once it has made a step; known before the first one."""
+    """Bytes on the device that the optimizer's moments take once it has made a step; known before the first one."""
 
     def size(parameter: Tensor, kind: str) -> int:
         if kind == "muon":
             return 4 * parameter.numel()  # one moment
         if kind == "AdamW8bit" and parameter.numel() >= 4096:
             return 2 * (parameter.numel() + 4 * -(-parameter.numel() // 256))  # and a scale for each block of 256
+        if kind == "OffloadedAdamW":
+            return 0
         return 8 * parameter.numel()  # two moments in float32
 
     name = type(optimizer).__name__

@@ -90,7 +90,7 @@ def _baselines(axis: Any, panel: str, rows: Sequence[Mapping[str, Any]]) -> None
 def where_to_look(folder: Path, exported: Sequence[Path], picture: Path, figures: Mapping[str, float]) -> str:
     """The last words of a run."""
     samples = sorted((folder / "samples").glob("step_*"))
-    lines = [f"\nheld-out clips:\n{comparison(figures)}\n"]
+    lines = [f"\nheld-out clips:\n{comparison(figures)}\n" if figures else ""]
     rows = read_metrics(folder / "metrics.jsonl")
     losses = [(row["step"], row["validation/loss"]) for row in rows if "validation/loss" in row]
     if len(losses) > 1:  # at the same draws, so they can be compared, which losses of training cannot

@@ -8,7 +8,7 @@ from PIL import Image
 
 from tests.data import captions, videos
 from vireo.data.captioned_clips import CaptionedClips
-from vireo.data.source import Source
+from vireo.data.source import ChangedError, Source
 from vireo.data.stream import Stream, collate
 from vireo.errors import UserError
 from vireo.randomness import Draws
@@ -173,8 +173,12 @@ def test_a_validation_folder(root, tmp_path):
     sample = held.sample(0, draws())
     assert sample == {"prompt": "something else", "name": "prompt 1"}
     assert held.sources(0) == {"prompt": ["something else"]}
-    with pytest.raises(UserError, match="image=first_frame, but there are no videos"):
-        make(folder, validation="validation", split="validation", image="first_frame")
+    of_pictures = {"validation": "validation", "split": "validation", "image": "first_frame"}
+    with pytest.raises(UserError, match="there is no images.txt"):
+        make(folder, **of_pictures)
+    Image.new("RGB", (40, 40), (7, 8, 9)).save(folder / "validation" / "one.png")
+    captions.write_list(folder / "validation" / "images.txt", ["one.png"])
+    assert make(folder, **of_pictures).sample(0, draws())["image"].load()[:, 0, 0].tolist() == [7, 8, 9]
     captions.write(folder / "with_clips", [12])
     sample = make(folder, validation="with_clips", split="validation").sample(0, draws())
     assert sample["frames"].load().shape == (9, 3, 32, 32) and sample["fps"] == 25
@@ -338,6 +342,32 @@ def test_identities_say_content_and_all_that_shapes_the_pixels(root, tmp_path):
     videos.write_flat(moved / "videos" / "0.mp4", 20, first=3)
     assert identity(moved) != identity(root), "another clip under the same name"
     assert json.loads(identity(root))["frames"] == list(range(0, 17, 2))
+
+
+def test_content_that_changes_while_it_is_read_is_not_what_its_identity_says(root, tmp_path):
+    folder = shutil.copytree(root, tmp_path / "changing")
+    shutil.copytree(folder / "videos", tmp_path / "spare")
+    frames = folder / "videos" / "frames"
+    frames.mkdir()
+    for number in range(9):
+        Image.fromarray(videos.pictures(1, 32, 32)[0]).save(frames / f"{number}.png")
+    captions.write_list(folder / "videos.txt", ["videos/0.mp4", "videos/1.mp4", "videos/frames"])
+    captions.write_list(folder / "images.txt", [f"videos/frames/{number}.png" for number in range(3)])
+    of_videos, of_pictures = make(folder, image="first_frame"), make(folder, image="listed")
+    before = [of_videos.sample(0, draws()), of_videos.sample(2, draws()), of_pictures.sample(0, draws())]
+    for sample in before:
+        sample["frames"].load(), sample["image"].load()
+    shutil.copy(tmp_path / "spare" / "1.mp4", folder / "videos" / "0.mp4")
+    Image.new("RGB", (32, 32)).save(frames / "0.png")
+    for sample in before:
+        for source in (sample["frames"], sample["image"]):
+            with pytest.raises(
+                ChangedError, match="has changed since it was looked at|it has 9 frames now, 20 when it was looked at"
+            ):
+                source.load()
+    (frames / "0.png").unlink()
+    with pytest.raises(BadVideoError):
+        before[2]["image"].load()
 
 
 def test_a_clip_that_breaks_while_training_is_a_bad_video(root, tmp_path):

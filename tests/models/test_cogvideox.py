@@ -13,6 +13,7 @@ from tests.golden.fill import noise
 
 from vireo.errors import UserError
 from vireo.freezing import FreezePolicy
+from vireo.lora import LoRA
 from vireo.models import saved_networks
 from vireo.models.cogvideox import CogVideoX, fitted_region, rotary_table
 from vireo.models.transformer_blocks import compile_each
@@ -47,6 +48,7 @@ def test_an_export_is_diffusers_folder(case, folders, tmp_path):
         network.transformer.proj_out.weight.mul_(1.5)
     (made,) = network.export(tmp_path, network.state_dict())
     again = CogVideoXTransformer3DModel.from_pretrained(made)
+    assert "_name_or_path" not in (made / "config.json").read_text(), "a folder of this machine"
     path = {"_name_or_path": None}
     assert {**again.config, **path} == {**network.transformer.config, **path}
     assert torch.equal(again.proj_out.weight, network.transformer.proj_out.weight)
@@ -146,6 +148,27 @@ def test_the_native_grid_has_whole_positions():
 def test_what_does_not_fit_is_told(case, changes, message, folders):
     with pytest.raises(UserError, match=message):
         CogVideoX(str(folders[case]), "fp32")(**{**given_to(case), **changes})
+
+
+def test_without_learnt_positions_any_size_will_do(folders, tmp_path):
+    network = CogVideoX(str(folders["i2v_5b"]), "fp32", learned_positions=False)
+    size = {"noisy": noise("x", 2, 4, 3, 8, 8), "image_latents": noise("image", 2, 4, 1, 8, 8)}
+    given = {**given_to("i2v_5b"), **size}
+    with torch.no_grad():
+        prediction = network(**given)
+    (made,) = network.export(tmp_path, network.state_dict())
+    again = CogVideoX(str(tmp_path), "fp32")
+    assert again.config.use_learned_positional_embeddings is False, "which diffusers' pipelines read"
+    with torch.no_grad():
+        assert torch.equal(again(**given), prediction)
+    network.load(folders["i2v_5b"])
+    with torch.no_grad():
+        assert torch.equal(network(**given), prediction), "the table of the source is passed over"
+    LoRA(rank=2, alpha=2)(network)
+    with pytest.raises(UserError, match="adapter.export=merged"):
+        network.export(tmp_path / "lora", network.state_dict())
+    other = CogVideoX(str(folders["t2v_5b"]), "fp32", learned_positions=False)
+    assert not other.positions_removed, "there is no table"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from tests.pipelines import save_pipeline
-from torch.utils._python_dispatch import TorchDispatchMode
+from tests.waits import Waits
 
 from vireo.errors import UserError
 from vireo.models import image_encoders, saved_networks
@@ -227,18 +227,6 @@ def test_autocast_does_not_reach_it(folder):
     with torch.autocast("cpu", torch.bfloat16):
         found = encoder(batch(), DRAWS)
     assert all(torch.equal(found[name], expected[name]) for name in ("latents", "prompt_embeds"))
-
-
-class Waits(TorchDispatchMode):
-    """Counts the times that the host wants to know a value, for which it would wait for a GPU."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, arguments=(), named=None):
-        self.count += function is torch.ops.aten._local_scalar_dense.default
-        return function(*arguments, **(named or {}))
 
 
 def test_a_step_does_not_wait_for_the_device(folder):

@@ -52,6 +52,7 @@ def test_learned_positions_are_of_one_size(transformer):
     check_clips(49, 480, 720, transformer(use_learned_positional_embeddings=True, **native))
     with pytest.raises(UserError, match="256x384 pixels: these weights have learnt positions of 480x720 alone"):
         check_clips(49, 256, 384, transformer(use_learned_positional_embeddings=True, **native))
+    check_clips(49, 256, 384, transformer(use_learned_positional_embeddings=True, **native), learned_positions=False)
     check_clips(49, 256, 384, transformer(use_learned_positional_embeddings=False, **native))
 
 

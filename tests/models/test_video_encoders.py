@@ -10,6 +10,7 @@ import transformers
 from tests.cogvideox import CASES, DESCRIBED, reference
 from tests.data import captions, videos
 from tests.golden.fill import fill, noise
+from tests.waits import Waits
 
 from vireo import cache_filling, digests
 from vireo.cache import Cache, text_identity
@@ -206,6 +207,25 @@ def test_half_precision_inside_float32_outside(folders, dtype):
     for name in ("latents", "image_latents", "prompt_embeds"):
         assert found[name].dtype == torch.float32
     close(found["latents"], make(folders["i2v"])(batch(), DRAWS)["latents"], rtol=0.05, atol=0.05)
+
+
+def test_a_step_does_not_wait_for_the_device(folders):
+    encoder = make(folders["i2v"])
+    encoder(batch(), DRAWS)  # with what is loaded
+    with Waits() as waits:
+        encoder(batch(), DRAWS)
+    assert waits.count == 0
+
+
+def test_values_that_are_not_finite_are_told_before_the_first_step(folders):
+    encoder, network = make(folders["i2v"], dtype="bf16"), torch.nn.Identity()
+    found = encoder(batch(), DRAWS)
+    encoder.check_network(network, found)
+    for name in ("video_moments", "prompt_embeds", "image_latents"):
+        broken = found[name].clone()
+        broken[1].view(-1)[3] = torch.nan
+        with pytest.raises(UserError, match=rf"{name} of rows \[1\] .* in bf16: set model.encoder.dtype=fp32"):
+            encoder.check_network(network, {**found, name: broken})
 
 
 def test_what_does_not_suit(folders, tmp_path):

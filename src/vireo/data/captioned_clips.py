@@ -17,9 +17,8 @@ from vireo.data.clip_sampling import Pad, fill_up, num_timed, strided_clip, time
 from vireo.data.held_out import held_out_names
 from vireo.data.listing import shortened
 from vireo.data.scan import scan
-from vireo.data.source import Source, identify
+from vireo.data.source import ChangedError, Source, check_content, content_digest, identify
 from vireo.data.transforms import RESAMPLER, Resize, filled_box, padded_size, resize
-from vireo.digests import file_digest
 from vireo.errors import UserError
 from vireo.randomness import Draws
 from vireo.video_io import BadVideoError, VideoInfo, VideoReader, decoder_version, read_image
@@ -69,7 +68,8 @@ class CaptionedClips:
         layout, in which only captions must be there), or else the share of root that `held_out` says
         (`vireo.data.held_out`).
     prompts, videos, images: names of the list files; null takes the usual ones.
-    image: "first_frame" is that of the clip as shown, the very same pixels; "listed" is from the list of images.
+    image: "first_frame" is that of the clip as shown, the very same pixels; "listed" is from the list of images, and so
+        it is where a validation folder has no videos.
     mix: folders below root with their weights, {ships: 2, horses: 1}, in place of root itself: how often a sample comes
         from each, however many clips it has.
     id_token: is put before each caption that does not begin with it; validation_id_token: also of validation.
@@ -182,13 +182,10 @@ class CaptionedClips:
 
     def describe(self) -> dict[str, Any]:
         """What this split holds, for people: numbers, and what is shown of each clip."""
-        infos = [clip.info for clip in self.clips if clip.info is not None]
         about: dict[str, Any] = {
             "root": str(self.root),
             "clips": len(self),
-            "frames": _range([info.num_frames for info in infos]),
-            "fps": _range([round(info.fps, 2) for info in infos]),
-            "pictures": ", ".join(sorted({f"{info.height}x{info.width}" for info in infos})),
+            **self._describe_videos(),
             "shown as": [
                 f"{count} clips of {'x'.join(map(str, bucket))}"
                 for bucket, count in sorted(Counter(clip.bucket for clip in self.clips).items())
@@ -203,7 +200,8 @@ class CaptionedClips:
                 for number, (name, weight) in enumerate(self.mix.items())
             ]
         about["each clip"] = [f"{clip.name}: {self._coverage(clip)}" for clip in self.clips]
-        about["notes"] = self.notes
+        if self.notes:
+            about["notes"] = self.notes
         return about
 
     @staticmethod
@@ -314,33 +312,58 @@ class CaptionedClips:
                 frames=indices,
                 **self._decoding(clip),
             )
-        return Source(identity, partial(self._load, clip, indices), clip.name)
+        return Source(identity, partial(self._load, clip, indices, identity), clip.name)
 
     def _of_image(self, clip: Clip) -> Source:
         assert clip.image is not None
         path, (_, height, width) = clip.image, clip.bucket
         identity = _identity(path, decoder=decoder_version("pillow"), **self._decoding(clip))
-        return Source(identity, lambda: resize(read_image(path)[None], height, width, self.resize)[0], clip.name)
+
+        def load() -> Tensor:
+            try:
+                content = path.read_bytes()
+            except OSError as error:
+                raise BadVideoError(path, error.strerror or str(error)) from error
+            check_content(identity, path, content)
+            return resize(read_image(path, content)[None], height, width, self.resize)[0]
+
+        return Source(identity, load, clip.name)
 
     def _decoding(self, clip: Clip) -> dict[str, Any]:
         _, height, width = clip.bucket
         return {"height": height, "width": width, "resize": self.resize, "resampler": RESAMPLER}
 
-    def _load(self, clip: Clip, indices: list[int]) -> Tensor:
-        """uint8 RGB (T, 3, height, width)."""
+    def _load(self, clip: Clip, indices: list[int], identity: str | None) -> Tensor:
+        """uint8 RGB (T, 3, height, width), of the very content that the identity is about."""
         assert clip.video is not None and clip.info is not None
         _, height, width = clip.bucket
         with VideoReader(clip.video, clip.info.decoder) as video:
+<<<<<<< HEAD
             video.expect(clip.info.num_frames)
             return resize(video.get(indices), height, width, self.resize).contiguous()
+=======
+            if max(indices) >= len(video):
+                known = f"it has {len(video)} frames now, {clip.info.num_frames} when it was looked at"
+                raise ChangedError(clip.video, known)
+            frames = video.get(indices)
+        check_content(identity, clip.video)
+        return resize(frames, height, width, self.resize).contiguous()
+>>>>>>> refs/heads/cog2
 
     # ------------------------------------------------------------------ what there is
 
     def _read(self, folder: Path, number: int, prefix: str) -> list[Clip]:
         """The clips of one folder. Raises UserError with all that is wrong with it."""
         wanted = ["prompts", "videos", *(["images"] if self.image == "listed" else [])]
+<<<<<<< HEAD
         names = {kind: self.names[kind] for kind in wanted}
         lists = caption_lists.read(folder, names, self.empty_captions, self.allow_outside_root)
+=======
+        lists = caption_lists.read(folder, {kind: self.names[kind] for kind in wanted}, self.empty_captions)
+        if self.split == "validation" and self.image == "first_frame" and "videos" not in lists.files:
+            self.image = "listed"
+            return self._read(folder, number, prefix)
+>>>>>>> refs/heads/cog2
         files, problems = lists.files, list(lists.problems)
         videos, images = files.get("videos"), files.get("images")
         if videos is None and self.split == "train":
@@ -348,8 +371,6 @@ class CaptionedClips:
         if images is None and self.image == "listed":
             advice = "vireo prepare makes it of the first frames; or take data.image=first_frame"
             problems.append(f"there is no {caption_lists.ALIASES['images'][0]}: {advice}")
-        if videos is None and self.image == "first_frame":
-            problems.append("data.image=first_frame, but there are no videos: data.image=listed takes images.txt")
         rows = range(min(len(file.lines) for file in files.values()))
         infos: dict[int, VideoInfo] = {}
         if videos is not None:
@@ -426,6 +447,16 @@ class CaptionedClips:
         ]
 
     # ------------------------------------------------------------------ for people
+
+    def _describe_videos(self) -> dict[str, Any]:
+        infos = [clip.info for clip in self.clips if clip.info is not None]
+        if not infos:
+            return {"videos": "none, so nothing is scored"}
+        return {
+            "frames": _range([info.num_frames for info in infos]),
+            "fps": _range([round(info.fps, 2) for info in infos]),
+            "pictures": ", ".join(sorted({f"{info.height}x{info.width}" for info in infos})),
+        }
 
     def _coverage(self, clip: Clip) -> str:
         """What is shown of a clip in time and space."""
@@ -548,13 +579,9 @@ def _chosen(weights: Sequence[float], u: float) -> int:
 def _identity(path: Path, **decoding: Any) -> str:
     """Raises BadVideoError if the file has gone."""
     try:
-        if path.is_dir():  # of frames
-            content = " ".join(file_digest(file) for file in sorted(path.iterdir()) if file.is_file())
-        else:
-            content = file_digest(path)
+        return identify(content_digest(path), **decoding)
     except OSError as error:
         raise BadVideoError(path, error.strerror or str(error)) from error
-    return identify(content, **decoding)
 
 
 def _layout_folder(root: Path, prompts: str | None, mix: Mapping[str, float] | None) -> Path:

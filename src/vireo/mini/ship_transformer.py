@@ -30,7 +30,6 @@ def ship(run: Path, folder: Path = SHIPPED_TRANSFORMER) -> None:
     save_file(weights, folder / FILE, metadata={"format": "pt"})
     (folder / FILE).chmod(0o644)  # safetensors makes them private
     config = json.loads((exported / "config.json").read_text(encoding="utf-8"))
-    config.pop("_name_or_path", None)  # a folder of this machine
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     finished = json.loads((run / "finished").read_text(encoding="utf-8"))
     figures = {

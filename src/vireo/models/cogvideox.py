@@ -21,6 +21,7 @@ from vireo.models import saved_networks
 from vireo.models.network import Network
 from vireo.models.transformer_blocks import checkpoint_every, compile_each
 
+POSITIONS = "patch_embed.pos_embedding"  # 5B-I2V's table
 OFS = 2.0  # what 1.5's picture models were trained with, https://github.com/zai-org/CogVideo
 
 
@@ -35,9 +36,13 @@ class CogVideoX(Network):
         native size both agree.
     gradient_checkpointing: 0: off; 1: every block is computed again in the backward pass; k: every k-th block.
     compile: whether torch.compile makes kernels for a block, which serve all of them.
+    learned_positions: False takes away the table of positions that 5B-I2V has for one size alone, and leaves its rotary
+        embeddings: then it takes any size, but begins worse. The exported config says so, and pipelines follow it.
 
     Raises UserError for folders that do not suit.
     """
+
+    positions_removed = False
 
     def __init__(
         self,
@@ -46,6 +51,7 @@ class CogVideoX(Network):
         compat: Literal["pipeline", "upstream"] = "pipeline",
         gradient_checkpointing: int = 1,
         compile: bool = False,
+        learned_positions: bool = True,
     ) -> None:
         super().__init__()
         if dtype not in saved_networks.DTYPES or compat not in ("pipeline", "upstream") or gradient_checkpointing < 0:
@@ -55,6 +61,9 @@ class CogVideoX(Network):
             )
         self.dtype, self.compat = saved_networks.DTYPES[dtype], compat
         self.transformer: Any = _load(transformer, "model.network.transformer", self.dtype)
+        if not learned_positions and self.transformer.config.use_learned_positional_embeddings:
+            _remove_learned_positions(self.transformer)
+            self.positions_removed = True
         self.config = self.transformer.config
         self.rotary_tables: dict[tuple, tuple[Tensor, Tensor]] = {}
         if gradient_checkpointing:
@@ -90,6 +99,11 @@ class CogVideoX(Network):
     def export(self, folder: Path, state: Mapping[str, Tensor]) -> list[Path]:
         """A folder `transformer` as diffusers saves it, or, where an adapter learns, what the adapter writes."""
         if self.adapter is not None and not self.adapter.merges:
+            if self.positions_removed:
+                raise UserError(
+                    "a LoRA's file cannot say that its base has lost its learnt positions, and a pipeline would keep "
+                    "them: with model.network.learned_positions=false set adapter.export=merged."
+                )
             return self.adapter.save(self, folder, state)
         whole = state if self.adapter is None else self.adapter.merged(self, state)
         own = saved_networks.below("transformer.", whole)
@@ -107,6 +121,8 @@ class CogVideoX(Network):
         own = {name.replace(".base_layer.", "."): value for name, value in self.transformer.state_dict().items()}
         stored = saved_networks.tensors(part)
         own = {name: value for name, value in own.items() if ".lora_" not in name}
+        if self.positions_removed:
+            stored.pop(POSITIONS, None)
         odd = sorted(own.keys() ^ stored.keys()) or [n for n in own if own[n].shape != stored[n].shape]
         if odd:
             raise UserError(f"{part.folder} does not fit this network, for instance {odd[0]}: is it another model?")
@@ -143,7 +159,8 @@ class CogVideoX(Network):
         if config.use_learned_positional_embeddings and (height, width) != native:
             raise UserError(
                 f"This transformer has a learnt table of positions for {native[0] * 8}x{native[1] * 8} pixels and no "
-                f"other size; got {height * 8}x{width * 8}. Set height and width to it."
+                f"other size; got {height * 8}x{width * 8}. Set height and width to it, or "
+                "model.network.learned_positions=false."
             )
 
     def _rotary(self, frames: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,6 +206,13 @@ def fitted_region(grid: tuple[int, int], base: tuple[int, int]) -> tuple[tuple[i
         box = (round(most_width / width * height), most_width)
     top, left = round((most_height - box[0]) / 2.0), round((most_width - box[1]) / 2.0)
     return (top, left), (top + box[0], left + box[1])
+
+
+def _remove_learned_positions(transformer: Any) -> None:
+    """As if the checkpoint had never had any, in place."""
+    del transformer.patch_embed.pos_embedding
+    transformer.patch_embed.use_learned_positional_embeddings = False
+    transformer.register_to_config(use_learned_positional_embeddings=False)
 
 
 def _load(path: str, key: str, dtype: torch.dtype) -> Any:

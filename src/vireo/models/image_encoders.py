@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vireo.errors import UserError
 from vireo.models import saved_networks
-from vireo.models.encoders import Encoder, split
+from vireo.models.encoders import Encoder, check_finite, split
 from vireo.models.saved_networks import DTYPES
 from vireo.pixels import to_pixels
 from vireo.randomness import Draws
@@ -123,11 +123,7 @@ class ImageTextEncoder(Encoder):
         cache the loop turns the step away and names its samples.
         """
         for output in self.outputs:
-            finite = torch.isfinite(batch[output]).flatten(1).all(1)
-            if not bool(finite.all()):
-                rows = torch.nonzero(~finite).flatten().tolist()
-                advice = "the weights are damaged" if self.dtype == "fp32" else "set model.encoder.dtype=fp32"
-                raise UserError(f"The {output} of rows {rows} of a batch are not finite in {self.dtype}: {advice}.")
+            check_finite(batch[output], f"The {output}", self.dtype)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

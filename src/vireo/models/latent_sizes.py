@@ -25,16 +25,23 @@ def check_size(height: int, width: int, multiple: int = 8) -> None:
 
 
 def check_clips(
-    num_frames: int, height: int, width: int, transformer: str, buckets: Sequence[Sequence[int]] | None = None
+    num_frames: int,
+    height: int,
+    width: int,
+    transformer: str,
+    buckets: Sequence[Sequence[int]] | None = None,
+    learned_positions: bool = True,
 ) -> None:
     """Raise UserError unless clips of these shapes suit a CogVideoX, naming the nearest legal values.
 
     transformer: folder as diffusers saves it, or a pipeline's; what its config says is read if it is there. buckets:
     further shapes (num_frames, height, width). Lengths are 8 N + 1, sides multiples of 8 pixels times the patch size;
-    a learned position table takes the size that it was learnt for alone. Other lengths than the weights have seen get a
-    warning.
+    a learned position table takes the size that it was learnt for alone, unless `learned_positions` is false. Other
+    lengths than the weights have seen get a warning.
     """
     config = _config(Path(transformer).expanduser())
+    if not learned_positions:
+        config["use_learned_positional_embeddings"] = False
     problems: list[str] = []
     for shape in [(num_frames, height, width), *(buckets or ())]:
         if len(shape) != 3:
@@ -66,7 +73,8 @@ def _faults(num_frames: int, height: int, width: int, config: dict) -> list[str]
         native = [PIXELS * config[f"sample_{name}"] for name in ("height", "width")]
         if native != [height, width]:
             found.append(
-                f"{height}x{width} pixels: these weights have learnt positions of {native[0]}x{native[1]} alone"
+                f"{height}x{width} pixels: these weights have learnt positions of {native[0]}x{native[1]} alone; "
+                "model.network.learned_positions=false takes them away"
             )
     return found
 

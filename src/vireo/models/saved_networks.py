@@ -130,12 +130,15 @@ def load(part: Part, kind: Any, dtype: torch.dtype) -> Any:
 def save(network: Any, state: Mapping[str, Tensor], folder: Path, max_shard_size: str = "10GB") -> None:
     """Write a diffusers network's config and the given weights into one folder, which is made.
 
-    As its `save_pretrained` does: one safetensors file, or shards and their index.
+    As its `save_pretrained` does: one safetensors file, or shards and their index. The config does not tell where the
+    network was loaded from, a folder of this machine.
     """
     from huggingface_hub import save_torch_state_dict
 
     folder.mkdir(parents=True, exist_ok=True)
-    network.save_config(folder)
+    config = json.loads(network.to_json_string())
+    config.pop("_name_or_path", None)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     pattern = WEIGHTS[0].replace(".safetensors", "{suffix}.safetensors")
     save_torch_state_dict(dict(state), folder, filename_pattern=pattern, max_shard_size=max_shard_size)
 

@@ -10,7 +10,7 @@ import json
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vireo.errors import UserError
 from vireo.models import saved_networks
@@ -151,7 +151,7 @@ class VideoTextEncoder(Encoder):
     def encode(self, output: str, values: Any) -> Tensor:
         """Moments of uint8 clips (B, T, 3, H, W) or pictures (B, 3, H, W), or embeddings (B, L, D) of B texts.
 
-        Raises UserError for shapes that the VAE does not take and for results that are not finite.
+        Raises UserError for shapes that the VAE does not take.
         """
         if output not in self.outputs:
             return super().encode(output, values)
@@ -163,9 +163,7 @@ class VideoTextEncoder(Encoder):
             list(values), padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
         )
         with torch.autocast(self.device.type, enabled=False):  # without a mask: padding is attended to
-            embeds = self.loaded_text_encoder(tokens.input_ids.to(self.device)).last_hidden_state.float()
-        check_finite(embeds, "The text encoder's embeddings", self.dtype)
-        return embeds
+            return self.loaded_text_encoder(tokens.input_ids.to(self.device)).last_hidden_state.float()
 
     def condition(self, batch: dict[str, Any], draws: Draws) -> dict[str, Any]:
         """Adds latents (B, C, t, h, w), drawn, scaled and padded; of image-to-video also image_latents (B, C, 1, h, w).
@@ -184,6 +182,12 @@ class VideoTextEncoder(Encoder):
         if self.has_image:
             made["image_latents"] = self._image_latents(self._noised_moments(batch, draws), draws)
         return {**batch, **made}
+
+    def check_network(self, network: nn.Module, batch: dict[str, Any]) -> None:
+        """Raises UserError for encodings that are not finite, once: see `ImageTextEncoder.check_network`."""
+        for output in (*self.outputs, "image_latents"):
+            if output in batch:
+                check_finite(batch[output], f"The {output}", self.dtype)
 
     @torch.no_grad()
     def clean_image_latents(self, batch: dict[str, Any], draws: Draws) -> Tensor:
@@ -253,9 +257,7 @@ class VideoTextEncoder(Encoder):
             )
         with torch.autocast(self.device.type, enabled=False):
             posterior = self.loaded_vae.encode(pixels.to(DTYPES[self.dtype])).latent_dist
-        moments = posterior.parameters.float()
-        check_finite(moments, "The VAE's latents", self.dtype)
-        return moments
+        return posterior.parameters.float()
 
     def _drawn(self, moments: Tensor, draws: Draws, purpose: str) -> Tensor:
         mean, std = split(moments, CHANNELS)
