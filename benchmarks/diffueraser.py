@@ -26,7 +26,6 @@ from vireo.data.stream import Slices, Stream, loader
 from vireo.mini import world
 from vireo.randomness import Draws
 
-STEPS = 4  # of one round
 BATCHES = 4  # in turn
 COLLECTIONS = 5  # of garbage, at every step of the published trainer
 WORDS = ["tracker=none", "loader.workers=0", "cache=off", "steps=100000"]
@@ -80,18 +79,14 @@ def bare(
             gc.collect()
             torch.cuda.empty_cache()
 
-    def run() -> None:
-        for _ in range(STEPS):
-            step(next(given))
-
-    return run
+    return lambda: step(next(given))
 
 
 def steps(experiment: str, pairs: int) -> None:
     settings = config.settings([f"experiment={experiment}", *WORDS])
     encoder = objects.encoder(settings)
     given = batches(settings, encoder)
-    ours = Loop(settings, encoder, itertools.cycle(given), STEPS)
+    ours = Loop(settings, encoder, itertools.cycle(given), steps=1)
     size = f"{settings['batch_size']} clips of {settings['num_frames']} frames"
     for title, published, bound in (("a bare loop", False, 1.03), ("a step as published", True, 1.0)):
         other = bare(copy.deepcopy(ours.network), settings, encoder, itertools.cycle(given), published)
@@ -121,7 +116,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few pairs, few clips")
     quick = parser.parse_args().quick
     world.ensure()
-    print(f"{torch.get_num_threads()} threads, {4 if quick else 30} pairs of {STEPS} steps")
+    print(f"{torch.get_num_threads()} threads, {4 if quick else 30} pairs of steps")
     holes(20 if quick else 200)
     for experiment in ("diffueraser_stage1", "diffueraser_stage2"):
         steps(experiment, 4 if quick else 30)

@@ -1,4 +1,5 @@
 import os
+import subprocess
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests are small: threads would only wait for one another
 
@@ -13,3 +14,24 @@ def one_thread():
     # A forked child has to make torch's thread pool anew, and must not do so from several threads at once, as
     # transformers does when it loads weights.
     os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
+
+
+@pytest.fixture
+def disturbed(monkeypatch):
+    """disturbed(sabotage, *steps): of a run's processes, the last one of the first start is disturbed in the first of
+    these steps (by one of `tests.sabotage`), of the second start in the second, …; later starts are left alone."""
+    from tests import sabotage
+    from vireo import processes
+
+    def arm(name, *steps):
+        left, start = list(steps), subprocess.Popen
+
+        def popen(command, env=None, **options):
+            is_last = env is not None and int(env.get("RANK", "0")) == int(env.get("WORLD_SIZE", "1")) - 1
+            if "vireo.start_worker" in command and is_last and left:
+                command = sabotage.command(command[:2], name, left.pop(0), *command[-2:])
+            return start(command, env=env, **options)
+
+        monkeypatch.setattr(processes.subprocess, "Popen", popen)
+
+    return arm

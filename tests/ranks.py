@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from vireo import faults, worker
+from vireo import orphans, worker
 from vireo.console import set_up_logging
 
 
@@ -26,7 +26,7 @@ def work(
     parent = os.getpid()
 
     def child(rank: int) -> None:
-        faults.die_with_parent(parent)
+        orphans.die_with_parent(parent)
         group = {"WORLD_SIZE": processes, "RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1"}
         group |= {"MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in group.items()})

@@ -13,7 +13,11 @@ import torch._dynamo  # which torch's optimizers import
 import torchmetrics.functional.image  # noqa: F401
 
 from tests.sabotage import die_at  # noqa: F401
+<<<<<<< HEAD
+from vireo import config, orphans, worker
+=======
 from vireo import checkpoint, config, faults, worker
+>>>>>>> refs/heads/cog2
 from vireo.console import set_up_logging
 
 # The TAEHV recipe on the mini world with a network of a few thousand parameters.
@@ -57,7 +61,7 @@ def work(folder: Path, sabotage: Callable[[], None] | None = None, timeout: floa
     parent = os.getpid()
 
     def child() -> None:
-        faults.die_with_parent(parent)
+        orphans.die_with_parent(parent)
         set_up_logging(folder / "train.log")
         if sabotage is not None:
             sabotage()

@@ -12,7 +12,7 @@ from tests.test_launch import vireo  # noqa: F401 - a fixture
 from vireo import chains, checkpoint, config, faults, launch, ranks, run_folder
 from vireo.errors import UserError
 
-CHAIN = [*runs.TINY, "steps=3", "chain.one.experiment=taehv", "chain.two.experiment=taehv", "chain.two.steps=4"]
+CHAIN = [*runs.TINY, "steps=4", "chain.one.experiment=taehv", "chain.two.experiment=taehv", "chain.two.steps=5"]
 CHAIN += ["checkpoint.every=2", "validation.every=null", "validation.clips=1"]
 
 
@@ -27,7 +27,7 @@ def calm(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "start", lambda resolved, launcher, held: abs(runs.work(resolved.parent)))
         done = launch.train(*CHAIN, "run=both", f"paths.outputs={outputs}")
-    assert done.exit_code == faults.EXIT_FINISHED and checkpoint.latest(done.folder).step == 4
+    assert done.exit_code == faults.EXIT_FINISHED and checkpoint.latest(done.folder).step == 5
     return outputs
 
 
@@ -36,7 +36,7 @@ def test_each_stage_starts_from_the_export_of_the_one_before(calm, vireo, tmp_pa
     first, second = stages(calm).values()
     assert (first.resolve().name, second.resolve().name) == ("both-one", "both-two")
     assert config.load_resolved(second / "resolved.yaml")["init_from"] == str(first.resolve() / "export")
-    assert [checkpoint.latest(folder).step for folder in (first, second)] == [3, 4]
+    assert [checkpoint.latest(folder).step for folder in (first, second)] == [4, 5]
     psnr = [[row["validation/psnr"] for row in runs.metrics(folder) if "validation/psnr" in row] for folder in
             (first, second)]  # fmt: skip
     assert psnr[1][0] == pytest.approx(psnr[0][-1], abs=1e-6)
@@ -50,7 +50,7 @@ def test_each_stage_starts_from_the_export_of_the_one_before(calm, vireo, tmp_pa
     assert code == 0 and "both (two)" in said
     code, said = vireo("report", "run=both")
     assert code == 0 and "both-one" in said and "both-two" in said and said.count("curves.png") == 2
-    code, said = vireo("export", "run=both", "step=4", f"out={tmp_path / 'out'}")
+    code, said = vireo("export", "run=both", "step=5", f"out={tmp_path / 'out'}")
     assert code == 0
     exported = load_file(tmp_path / "out" / "taecvx.safetensors")
     trained = load_file(second / "export" / "taecvx.safetensors")
@@ -87,7 +87,7 @@ def test_a_mistake_in_the_last_stage_is_told_before_the_first_one_starts(vireo, 
 def test_a_sweep_over_a_stages_key_shares_the_stage_before(vireo, tmp_path):  # noqa: F811
     code, said = vireo("train", "-m", *CHAIN, "chain.two.lr=1e-3,1e-4")
     assert code == 0, said
-    assert said.count("is finished (step 3)") == 1, "the second job finds the first stage done"
+    assert said.count("is finished (step 4)") == 1, "the second job finds the first stage done"
     notes = [json.loads(path.read_text()) for path in tmp_path.glob("sweeps/*/*/job.json")]
     lasts = {config.load_resolved(run_folder.Path(one["run"]) / "resolved.yaml")["lr"] for one in notes}
     assert lasts == {1e-3, 1e-4}

@@ -52,7 +52,7 @@ def cut(path):
         (lambda folder: cut(folder / "network.safetensors"), "cut off"),
         (lambda folder: (folder / "optimizer.safetensors").unlink(), "missing"),
         (lambda folder: (folder / "manifest.json").unlink(), "manifest.json is missing"),
-        (lambda folder: cut(folder / "manifest.json"), "damaged manifest"),
+        (lambda folder: cut(folder / "manifest.json"), "malformed JSON"),
         (lambda folder: (folder / "manifest.json").write_text("[]"), "damaged manifest"),
     ],
 )
@@ -131,6 +131,6 @@ def test_a_checkpoint_that_is_adopted_is_the_newest(tmp_path):
 def test_a_checkpoint_that_is_no_good_is_not_adopted(tmp_path):
     save(tmp_path, 10, 20)
     cut(checkpoint.folder_of(tmp_path, 10) / "manifest.json")
-    with pytest.raises(UserError, match="damaged manifest"):
+    with pytest.raises(UserError, match="malformed JSON"):
         checkpoint.adopt(tmp_path, checkpoint.folder_of(tmp_path, 10))
     assert checkpoint.steps(tmp_path) == [10, 20]

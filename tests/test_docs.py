@@ -180,6 +180,23 @@ def test_paths_in_the_readme_exist():
     assert [path for path in paths if not (ROOT / path).exists() and not (ROOT / "src/vireo" / path).exists()] == []
 
 
+# ------------------------------------------------------------------ tests that pages name
+
+
+def test_tests_that_a_page_names_exist():
+    """A promise that names its proof: `file.py::function`, and whether that runs in the full matrix only."""
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    named = re.findall(r"`([\w/]+\.py)(?:::(\w+))?`( \(full\))?", page)
+    assert len(named) > 50
+    for file, function, is_full in named:
+        text = (ROOT / "tests" / file).read_text()
+        assert f"\ndef {function}(" in text or not function, f"{file}::{function}"
+        marks = text.partition(f"\ndef {function}(")[0].rpartition("\n\n")[2]
+        assert bool(is_full) == (function != "" and "@pytest.mark.full" in marks), f"{file}::{function}: full or not?"
+    promises = re.findall(r"^\| (P\d+) \|", page, re.MULTILINE)
+    assert promises == [f"P{number}" for number in range(1, 13)]
+
+
 # ------------------------------------------------------------------ messages
 
 

@@ -1,6 +1,7 @@
 """A step that takes far too long leaves the stacks of this process behind; an ordinary one leaves nothing."""
 
 import multiprocessing
+import os
 import time
 
 import pytest
@@ -50,6 +51,19 @@ def test_the_first_steps_may_take_most_of_the_collectives_timeout(tmp_path):
     assert watchdog.patience() == hangs.AT_LEAST
     watchdog.seconds.extend([100.0] * 10)
     assert watchdog.patience() == pytest.approx(hangs.SHARE * 50), "stacks are there before the collective gives up"
+
+
+def test_what_an_earlier_attempt_left_is_kept_and_not_told_again(tmp_path, rearm_always, caplog):
+    file = hangs.file_of(tmp_path, 0)
+    file.parent.mkdir()
+    file.write_text("stacks of the attempt that was killed\n")
+    os.utime(file, (1, 1))
+    watchdog = Watchdog(file, timeout=100, at_least=0.1)
+    watchdog.begin_step()
+    watchdog.close()
+    assert not caplog.text
+    assert file.read_text().startswith("stacks of") and hangs.written_since(tmp_path, 2) == []
+    assert hangs.written_since(tmp_path, 0) == [file]
 
 
 def test_a_forked_child_can_watch_too(tmp_path):

@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from tests import runs
-from vireo import checkpoint, cli, launch, processes
+from vireo import checkpoint, cli, launch
 from vireo.mini import world
 
 ROOT = Path(__file__).parents[1]
@@ -289,52 +289,18 @@ def test_a_signal_to_the_whole_process_group_saves_and_says_resumable(tmp_path, 
     assert "the same command goes on from here" in (folder / "train.log").read_text()
 
 
-DIES = """
-import sys
-from pathlib import Path
-from tests.sabotage import die_at
-from vireo import faults, worker
-from vireo.console import set_up_logging
-step, parent, resolved = sys.argv[1:]
-faults.die_with_parent(int(parent))
-set_up_logging(Path(resolved).parent / "train.log")
-if step != "None":
-    die_at(int(step))()
-sys.exit(worker.main(Path(resolved)))
-"""
-
-
-@pytest.fixture
-def deadly(monkeypatch):
-    """deadly(steps): the last rank of the first start is killed in the first of these steps, of the second in …"""
-
-    def arm(*steps):
-        left, start = list(steps), subprocess.Popen
-
-        def popen(command, env=None, **options):
-            if "vireo.start_worker" not in command:
-                return start(command, env=env, **options)
-            last = int(env.get("RANK", "0")) == int(env.get("WORLD_SIZE", "1")) - 1
-            step = left.pop(0) if last and left else None
-            return start([*command[:2], "-c", DIES, str(step), *command[-2:]], env=env, **options)
-
-        monkeypatch.setattr(processes.subprocess, "Popen", popen)
-
-    return arm
-
-
 @pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.full)])
-def test_workers_that_are_killed_start_again_from_the_newest_checkpoint(tmp_path, deadly, count):
+def test_workers_that_are_killed_start_again_from_the_newest_checkpoint(tmp_path, disturbed, count):
     world.ensure()
     words = [*runs.TINY, "batch_size=1", f"launcher.processes={count}", f"paths.outputs={tmp_path}"]
-    deadly(3, 7)
+    disturbed("die_at", 3, 7)
     done = launch.train(*words, "run=killed", "launcher.restarts=2")
     log = (done.folder / "train.log").read_text()
     assert done.exit_code == 0 and "step 3 of 8" in log and "step 6 of 8" in log, log
     calm = launch.train(*words, "run=calm")
     assert runs.metrics(done.folder) == runs.metrics(calm.folder)
     if count == 2:  # killed once more than it may start again
-        deadly(1, 3, 7)
+        disturbed("die_at", 1, 3, 7)
         lost = launch.train(*words, "run=lost", "launcher.restarts=2")
         assert lost.exit_code == 137 and checkpoint.latest(lost.folder).step == 6
 

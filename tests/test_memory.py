@@ -1,5 +1,6 @@
 """The estimate against what is really held, and against the sizes of Stable Diffusion 1.5."""
 
+import psutil
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -80,3 +81,21 @@ def test_more_frames_cost_little():
     before = estimate(one)["trained weights"]
     widen(one, 20)
     assert estimate(one)["trained weights"] - before == 4 * 19 * 4 * 32 * 9
+
+
+def test_memory_that_grows_is_told_once_for_each_time_that_it_has(monkeypatch, caplog):
+    """At first it may grow as it likes; then by half and by a GiB."""
+    used = dict.fromkeys(range(0, 21, 10), memory.GIB) | {30: 2.4 * memory.GIB, 40: 2.6 * memory.GIB}
+    used |= {50: 2.7 * memory.GIB, 60: 4 * memory.GIB, 70: 5.5 * memory.GIB}
+    creep, told = memory.Creep(), []
+    for step, size in used.items():
+        monkeypatch.setattr(memory, "_resident", lambda size=size: int(size))
+        figures = creep.look(step, torch.device("cpu"))
+        assert figures["host_memory"] == pytest.approx(size / memory.GIB)
+        told += [step] * len(caplog.records)
+        caplog.clear()
+    assert told == [40, 70]
+
+
+def test_memory_in_use_is_that_of_all_processes():
+    assert memory._resident() > psutil.Process().memory_info().rss * 0.9

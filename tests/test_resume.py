@@ -3,6 +3,8 @@
 import os
 import random
 import signal
+import threading
+import time
 
 import pytest
 import torch
@@ -93,6 +95,33 @@ def test_asked_to_stop(tmp_path, undisturbed, number):
     assert runs.metrics(folder) == runs.metrics(undisturbed[1])
 
 
+def test_a_second_ctrl_c_during_the_save_ends_at_once(tmp_path, undisturbed):
+    def arm():
+        from vireo import training
+
+        original, flush, asked = training.seed_default, checkpoint._flush, []
+
+        def ask(seed, purpose, position):
+            if position[0] == 4 and not asked:
+                asked.append(os.kill(os.getpid(), signal.SIGINT))
+            original(seed, purpose, position)
+
+        def slow(path):
+            if asked:
+                time.sleep(1.2)  # what comes sooner is the same Ctrl-C, heard twice
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(60)
+            flush(path)
+
+        training.seed_default, checkpoint._flush = ask, slow
+
+    folder = runs.make(tmp_path, [])
+    assert runs.work(folder, arm, timeout=50) == 75
+    assert checkpoint.steps(folder) == [3, 4], "no half of step 5 is visible"
+    assert runs.work(folder) == 0
+    same(folder, undisturbed[1])
+
+
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, undisturbed):
     folder = runs.make(tmp_path, [])
     assert runs.work(folder, runs.die_at(7)) == -signal.SIGKILL
@@ -111,20 +140,75 @@ def test_writing_in_the_background_changes_nothing(tmp_path, undisturbed):
     same(folder, undisturbed[1])
 
 
-def test_a_disk_that_is_full_for_a_while(tmp_path, undisturbed):
+def fail_to_save(steps):
+    """Sabotage: checkpoints of these steps do not fit on the disk."""
+
     def arm():
-        original, failures = checkpoint.save, [0]
+        original = checkpoint.save
 
         def full(folder, step, parts, state):
-            if step == 3:
-                failures[0] += 1
+            if step in steps:
                 raise OSError(28, "No space left on device")
             return original(folder, step, parts, state)
 
         checkpoint.save = full
 
+    return arm
+
+
+def test_a_failed_save_in_the_background_is_told_and_changes_nothing(tmp_path, undisturbed):
+    folder = runs.make(tmp_path, ["checkpoint.background=true"])
+    assert runs.work(folder, fail_to_save([3, 6])) == 0
+    log = (folder / "train.log").read_text()
+    assert log.count("the checkpoint could not be saved: OSError: [Errno 28] No space left") == 2
+    same(folder, undisturbed[1])
+
+
+def test_a_final_save_that_fails_is_no_success_and_the_last_good_one_stays(tmp_path, undisturbed):
+    """Retention may not make room for what then cannot be written."""
+    for background in ("true", "false"):
+        words = [f"checkpoint.background={background}", "checkpoint.keep_last=1", "checkpoint.keep_best=false"]
+        folder = runs.make(tmp_path, [*words, f"run=full_{background}"])
+        assert runs.work(folder, fail_to_save(range(4, 9))) == 1
+        assert "the final checkpoint could not be saved" in (folder / "train.log").read_text()
+        assert checkpoint.latest(folder).step == 3 and not (folder / "finished").exists()
+        assert runs.work(folder) == 0
+        assert runs.metrics(folder) == runs.metrics(undisturbed[1])
+
+
+def test_max_hours_ends_a_run_as_a_signal_does(tmp_path, undisturbed):
+    folder = runs.make(tmp_path, ["max_hours=1e-9"])
+    assert runs.work(folder) == 75
+    assert checkpoint.latest(folder).step == 2, "the step in which all ranks hear of it"
+    assert runs.make(tmp_path, []) == folder, "it is no other run"
+    assert runs.work(folder) == 0
+    same(folder, undisturbed[1])
+
+
+def free(size):
+    """Sabotage: so many bytes are free on every disk."""
+
+    def arm():
+        import shutil
+
+        shutil.disk_usage = lambda path: shutil._ntuple_diskusage(2**40, 2**40 - size, size)
+
+    return arm
+
+
+def test_space_for_a_checkpoint_is_looked_for_before_the_first_step(tmp_path):
+    folder = runs.make(tmp_path, ["validation.at_start=false", "steps=1", "checkpoint.keep_last=1000"])
+    assert runs.work(folder, free(2**20)) == 2
+    log = (folder / "train.log").read_text()
+    assert "1.0 MiB free, but a checkpoint of this run takes" in log and "paths.outputs=…" in log
+    assert checkpoint.steps(folder) == [] and runs.metrics(folder) == []
+    assert runs.work(folder, free(checkpoint.MARGIN + 2**20)) == 0
+    assert "checkpoint.keep_last=1000 and one being written take" in (folder / "train.log").read_text()
+
+
+def test_a_disk_that_is_full_for_a_while(tmp_path, undisturbed):
     folder = runs.make(tmp_path, [])
-    assert runs.work(folder, arm) == 0
+    assert runs.work(folder, fail_to_save([3])) == 0
     log = (folder / "train.log").read_text()
     assert "step 3: the checkpoint could not be saved: OSError: [Errno 28] No space left" in log
     assert runs.metrics(folder) == runs.metrics(undisturbed[1])
@@ -149,3 +233,62 @@ def test_a_run_at_its_last_step_ends_cleanly(tmp_path):
     before = runs.metrics(folder)
     assert runs.work(folder) == 0
     assert runs.metrics(folder) == before
+
+
+def die_after(seconds, step):
+    """Sabotage: SIGKILL so long after a step has begun, wherever the process is then."""
+
+    def arm():
+        from vireo import training
+
+        original = training.seed_default
+
+        def timed(seed, purpose, position):
+            if position[:2] == (step, 0):
+                threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            original(seed, purpose, position)
+
+        training.seed_default = timed
+
+    return arm
+
+
+def die_in_a_save(call):
+    """Sabotage: SIGKILL at one of the calls by which a checkpoint is written, published, and old ones are deleted."""
+
+    def arm():
+        calls = []
+
+        def counted(original):
+            def deadly(*args, **kwargs):
+                calls.append(original)
+                if len(calls) == call:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return original(*args, **kwargs)
+
+            return deadly
+
+        checkpoint._flush, checkpoint._identity = counted(checkpoint._flush), counted(checkpoint._identity)
+        checkpoint.retain, checkpoint.shutil.rmtree = counted(checkpoint.retain), counted(checkpoint.shutil.rmtree)
+
+    return arm
+
+
+@pytest.mark.full
+def test_killed_at_twenty_random_instants(tmp_path):
+    """Half of them while a checkpoint is written, published, or an old one deleted."""
+    words = ["steps=80", "checkpoint.every=1", "checkpoint.keep_last=1", "validation.every=null", "loader.workers=1"]
+    calm = runs.train(tmp_path / "calm", *words)
+    folder, generator, instants = runs.make(tmp_path, words), random.Random(0), []
+    for kill in range(20):
+        reached = max(checkpoint.steps(folder), default=0)
+        if kill % 2:
+            instants.append(("save", reached, generator.randrange(1, 40)))
+            sabotage = die_in_a_save(instants[-1][-1])
+        else:
+            step = reached + generator.randrange(4)
+            instants.append(("step", step, generator.uniform(0, 0.3)))
+            sabotage = die_after(instants[-1][-1], step)
+        assert runs.work(folder, sabotage) == -signal.SIGKILL, instants
+    assert runs.work(folder) == 0, instants
+    same(folder, calm)

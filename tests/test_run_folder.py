@@ -5,8 +5,10 @@ import sys
 
 import pytest
 
+from tests import runs
 from vireo import run_folder
 from vireo.errors import UserError
+from vireo.mini import world
 
 HOLD = "import sys, time; from pathlib import Path; from vireo import run_folder\n"
 HOLD += "with run_folder.lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
@@ -36,3 +38,19 @@ def test_json_is_replaced_at_once(tmp_path):
     assert run_folder.finished(tmp_path) is None
     run_folder.write_json(path, {"step": 3})
     assert run_folder.finished(tmp_path) == {"step": 3} and list(tmp_path.iterdir()) == [path]
+
+
+def test_no_secret_of_the_environment_is_in_anything_that_a_run_writes(tmp_path, monkeypatch):
+    secrets = {"WANDB_API_KEY": "0123456789abcdef", "HF_TOKEN": "hf_abcdefgh", "AWS_SECRET_ACCESS_KEY": "aws/secret+1"}
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    world.ensure()
+    folder = runs.make(tmp_path, ["steps=2", "tracker=tensorboard", "validation.at_start=false"])
+    run_folder.write_json(folder / "environment.json", run_folder.environment())
+    assert runs.work(folder) == 0
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {"resolved.yaml", "train.log", "environment.json", "manifest.json"} <= {path.name for path in files}
+    assert any("tensorboard" in str(path) for path in files)
+    for path in files:
+        content = path.read_bytes()
+        assert not [name for name, value in secrets.items() if value.encode() in content], path

@@ -16,6 +16,7 @@ from vireo.randomness import seed_default
 from vireo.schedules import Constant, Cosine
 from vireo.strategies.replicated import Replicated
 from vireo.training import Progress, train
+from vireo.video_io import BadVideoError
 
 
 @pytest.fixture(autouse=True)
@@ -204,6 +205,21 @@ def test_pieces_and_accumulation():
 def test_one_sample_that_does_not_fit_ends_the_run_with_what_helps():
     with pytest.raises(faults.TooManyFaults, match="step 2: out of memory with a single sample.*gradient_checkpoint"):
         run(loss=Large(0))
+
+
+class OneFileIsBroken(ToyDataset):
+    def sample(self, index, draws):
+        if index == 3:
+            raise BadVideoError("clip3.mp4", "it is empty")
+        return super().sample(index, draws)
+
+
+def test_a_file_that_cannot_be_read_is_told_once_and_counted(monkeypatch, caplog):
+    monkeypatch.setattr("tests.test_training.ToyDataset", OneFileIsBroken)
+    _, _, figures, progress = run(steps=14)  # four epochs
+    told = [record.getMessage() for record in caplog.records if "clip3" in record.getMessage()]
+    assert told == ["clip3.mp4 cannot be read, so another sample takes its place: it is empty"]
+    assert figures[14]["bad_files"] == 1 and progress.step == 14
 
 
 class Spiky(Denoise):

@@ -270,7 +270,7 @@ def _parsed(data: bytes, size: int) -> tuple[dict[str, Any], int]:
         header = json.loads(data[8:start])
         end = start + header["value"]["data_offsets"][1]
         header["__metadata__"]["checksum"]
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise Damaged(f"its header cannot be read ({type(error).__name__})") from error
     if size != end:
         raise Damaged(f"{size} bytes, its header says {end}")

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from vireo import cache_manifests, distributed, faults
+from vireo import cache_manifests, distributed, faults, orphans
 from vireo.cache import Cache, New, literal, text_identity, text_of
 from vireo.data.source import ChangedError, Source
 from vireo.data.stream import Dataset, start_worker
@@ -355,6 +355,7 @@ def _loader(
     workers: int,
     timeout: float,
 ) -> DataLoader:
+    orphans.end_children_at_exit()
     return DataLoader(
         _Undecoded(datasets, missing),
         batch_sampler=batches,

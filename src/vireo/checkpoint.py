@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from vireo import json_files
 from vireo.errors import UserError
 
 if TYPE_CHECKING:  # the launcher's parent lists checkpoints and must start without torch
@@ -39,10 +40,10 @@ class Checkpoint(NamedTuple):
 
     def tensors(self, part: str) -> dict[str, Tensor]:
         """The tensors of one part ("network", "optimizer", "ema", "loss") on the CPU; empty if it was not stored."""
-        from safetensors.torch import load_file
+        from vireo import tensor_files
 
         path = self.folder / f"{part}.safetensors"
-        return load_file(path) if path.exists() else {}
+        return tensor_files.read(path)[0] if path.exists() else {}
 
 
 def save(run_folder: Path, step: int, parts: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
@@ -90,17 +91,20 @@ def verify(folder: Path) -> Checkpoint:
     Raises UserError that names the file and what is wrong with it.
     """
     path = folder / "manifest.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: not a checkpoint, manifest.json is missing")
+    manifest = json_files.read(path)
     try:
-        manifest = json.loads(path.read_text())
-        files, step, state = manifest["files"], int(manifest["step"]), dict(manifest["state"])
-    except FileNotFoundError:
-        raise UserError(f"{folder}: not a checkpoint, manifest.json is missing") from None
-    except (ValueError, KeyError, TypeError) as error:
+        step, state = int(manifest["step"]), dict(manifest["state"])
+        files = {name: {"size": about["size"], "sha256": about["sha256"]} for name, about in manifest["files"].items()}
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{path}: damaged manifest ({type(error).__name__}: {error})") from None
+    if _NAME.fullmatch(folder.name) and folder.name != f"step_{step:08d}":
+        raise UserError(f"{path}: it says step {step}, its folder another one")
     for name, expected in files.items():
         file = folder / name
         if Path(name).name != name or not file.is_file():
-            raise UserError(f"{file}: named by the manifest but missing")
+            raise UserError(f"{file}: named by the manifest but missing, or not in its folder")
         if file.stat().st_size != expected["size"]:
             raise UserError(f"{file}: {file.stat().st_size} bytes, the manifest says {expected['size']} (cut off?)")
         if _identity(file) != expected:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import signal
-import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -67,17 +65,6 @@ def stop_on_signals() -> Iterator[StopRequest]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def die_with_parent(parent: int) -> None:
-    """Ask Linux for a SIGTERM when the parent is killed, so that no orphan goes on writing into the run's folder.
-
-    parent: its process number; if it was killed before Linux could be asked, the SIGTERM comes at once.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Stopped(Exception):

@@ -24,16 +24,27 @@ AT_LEAST = 30.0  # seconds: a slow disk is no hang
 SHARE = 0.7  # of the collectives' timeout, after which nobody can be asked any more
 RECENT = 50  # steps
 REARM = 1.0  # seconds; arming starts a thread, which takes 0.1 ms
+FOLDER = "stacks"  # in a run's folder
 
 # A forked child would have faulthandler's lock but not its thread, and wait for it for ever. The next step arms anew.
 os.register_at_fork(before=faulthandler.cancel_dump_traceback_later)
 
 
+def file_of(run_folder: Path, rank: int) -> Path:
+    return run_folder / FOLDER / f"rank_{rank}.txt"
+
+
+def written_since(run_folder: Path, when: float) -> list[Path]:
+    """Files with stacks that processes have written since a time, of a process that hangs for ever too."""
+    files = [path for path in (run_folder / FOLDER).glob("rank_*.txt") if path.stat().st_mtime >= when]
+    return sorted(path for path in files if path.stat().st_size)
+
+
 class Watchdog:
     """Watches one process's steps: `begin_step` at the start of each, `close` at the end.
 
-    file: where stacks go; gone at the end if none were written. timeout: seconds after which a collective gives up
-    (launcher.timeout). at_least: seconds below which no step counts as hanging.
+    file: where stacks go, behind those of earlier attempts; gone at the end if there are none. timeout: seconds after
+    which a collective gives up (launcher.timeout). at_least: seconds below which no step counts as hanging.
     """
 
     def __init__(self, file: Path, timeout: float, at_least: float = AT_LEAST) -> None:
@@ -42,6 +53,7 @@ class Watchdog:
         self.began: float | None = None
         self.armed: float | None = None
         self.stream: IO[str] | None = None
+        self.before = 0  # bytes of earlier attempts
 
     def close(self) -> None:
         """Nothing is watched any more; if stacks were written, say where."""
@@ -49,9 +61,10 @@ class Watchdog:
         if self.stream is None:
             return
         self.stream.close()
-        if self.file.stat().st_size:
+        size = self.file.stat().st_size
+        if size > self.before:
             log.error("a step took far longer than usual; where this process stood then: %s", self.file)
-        else:
+        elif not size:
             self.file.unlink()
 
     def begin_step(self) -> None:
@@ -65,6 +78,7 @@ class Watchdog:
             if self.stream is None:
                 self.file.parent.mkdir(parents=True, exist_ok=True)
                 self.stream = open(self.file, "a")  # noqa: SIM115 - faulthandler needs its descriptor until the end
+                self.before = self.file.stat().st_size
             faulthandler.dump_traceback_later(self.patience(), file=self.stream)
 
     @contextmanager

@@ -19,7 +19,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from vireo import chains, checkpoint, config, devices, faults, processes, ranks, run_folder, submitted, sweeps
+from vireo import chains, checkpoint, config, devices, faults, orphans, processes, ranks, run_folder, submitted, sweeps
 from vireo.errors import UserError
 from vireo.side_by_side import Pending, SideBySide
 
@@ -54,7 +54,7 @@ def main(words: Sequence[str]) -> int:
     world = ranks.started()
     if world is None:
         return compose_and_run(words)
-    faults.die_with_parent(os.getppid())
+    orphans.die_with_parent(os.getppid())
     if world.rank > 0:
         return ranks.follow()
     code = faults.EXIT_MISTAKE

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vireo import json_files, tensor_files
 from vireo.errors import UserError
 from vireo.float8 import store_in_float8
 from vireo.models.network import Network
@@ -133,9 +133,8 @@ class LoRA:
         file = path / FILE if path.is_dir() else path
         if not file.is_file():
             raise UserError(f"{path} holds no adapter: there is no {file}.")
-        with safe_open(file, "pt") as opened:
-            about = json.loads((opened.metadata() or {}).get(METADATA, "{}"))
-        stored = load_file(file)
+        stored, metadata = tensor_files.read(file)
+        about = json_files.parse(metadata.get(METADATA, "{}"), str(file))
         own = {_stored(name): value for name, value in network.state_dict().items() if _is_adapters(name)}
         odd = sorted(own.keys() ^ stored.keys()) or [n for n in own if own[n].shape != stored[n].shape]
         if odd:
@@ -197,8 +196,7 @@ def is_file(path: Path) -> bool:
         return (path / FILE).is_file()
     if path.suffix != ".safetensors" or not path.is_file():
         return False
-    with safe_open(path, "pt") as opened:
-        return any(_is_adapters(name) for name in opened.keys())  # noqa: SIM118 - no dict
+    return any(_is_adapters(name) for name in tensor_files.shapes(path))
 
 
 def layers(state: Mapping[str, Tensor]) -> list[str]:

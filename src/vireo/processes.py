@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vireo import faults
+from vireo import faults, hangs
 from vireo.run_folder import log_file, write_json
 
 GRACE = 10.0  # seconds in which the others may fail by themselves, and write why, after one process has
@@ -50,7 +50,8 @@ def run(
 ) -> int:
     """Run `count` workers on a resolved config to their end; returns the exit code of the one that failed first.
 
-    On whichever machine that was: a failure on another one ends the workers here. If none failed: 0, or 75 after a
+    On whichever machine that was: a failure on another one ends the workers here. What hung before that is told, with
+    the files that hold its stacks. If none failed: 0, or 75 after a
     requested stop (also one that came before a worker could listen). Rank 0 has the console, the output of each other
     rank goes to `logs/rank_<n>.log` beside the config.
 
@@ -62,6 +63,7 @@ def run(
     resend: signals that came meanwhile are sent to this process again once the workers have saved and ended, when its
     own handlers are back (submitit's requeues the job).
     """
+    began = time.time()
     (resolved.with_name("logs")).mkdir(exist_ok=True)
     notes = resolved.with_name(f".failed-{share.port or 'here'}")  # another folder for each attempt
     if share.node == 0:
@@ -91,6 +93,9 @@ def run(
         rank, code = failed[0]
         if share.nodes * count > 1:
             print(_about(rank, code, resolved), file=sys.stderr, flush=True)
+        if stacks := hangs.written_since(resolved.parent, began):
+            files = "".join(f"\n  {path}" for path in stacks)
+            print(f"a step took far longer than usual; where processes stood then:{files}", file=sys.stderr, flush=True)
     else:
         code = max(codes.values())
     for number in asked:

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import logging
 import os
 import platform
 import shlex
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from vireo.errors import UserError
+
+log = logging.getLogger(__name__)
 
 CHAIN = "chain.json"  # in a chain's folder: the runs of its stages by name, relative to it
 PACKAGES = (
@@ -64,6 +67,15 @@ def is_locked(folder: Path) -> bool:
 def log_file(folder: Path, rank: int) -> Path:
     """Where a rank's messages are: `train.log`, or `logs/rank_<n>.log`, in the run's folder."""
     return folder / "train.log" if rank == 0 else folder / "logs" / f"rank_{rank}.log"
+
+
+@contextmanager
+def dispensable(what: str) -> Iterator[None]:
+    """Around writing what a run can do without: if the disk is full, that is told, and the run goes on."""
+    try:
+        yield
+    except OSError as error:
+        log.error("%s could not be written: %s", what, error)
 
 
 def write_json(path: Path, content: Any) -> None:

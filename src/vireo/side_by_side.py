@@ -15,7 +15,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
-from vireo import devices, faults, sweeps
+from vireo import devices, faults, orphans, sweeps
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -120,7 +120,7 @@ def _work(work: Callable[[], int], parent: int, environment: dict[str, str], con
     """In the job's process."""
     for number in SIGNALS:  # the parent's handler would pass signals on to other jobs
         signal.signal(number, lambda number, frame: os._exit(faults.EXIT_STOPPED))
-    faults.die_with_parent(parent)
+    orphans.die_with_parent(parent)
     os.environ.update(environment)
     if console is not None:
         output = os.open(console, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)

@@ -7,10 +7,10 @@ import contextlib
 import sys
 from pathlib import Path
 
-from vireo import faults
+from vireo import orphans
 
 if __name__ == "__main__":
-    faults.die_with_parent(int(sys.argv[1]))
+    orphans.die_with_parent(int(sys.argv[1]))
 
     from vireo import drill, worker
     from vireo.console import set_up_logging

@@ -6,10 +6,10 @@ Importing torch takes seconds, in which the parent may be killed; so the worker 
 import sys
 from pathlib import Path
 
-from vireo import faults
+from vireo import orphans
 
 if __name__ == "__main__":
-    faults.die_with_parent(int(sys.argv[1]))
+    orphans.die_with_parent(int(sys.argv[1]))
 
     from vireo import worker
     from vireo.console import set_up_logging

@@ -16,7 +16,10 @@ log = logging.getLogger(__name__)
 
 
 class MetricsFile:
-    """One JSON object a line: {"step": …, metrics…}. Rows after a resumed step are removed, so no step stands twice."""
+    """One JSON object a line: {"step": …, metrics…}. Rows after a resumed step are removed, so no step stands twice.
+
+    Rows that cannot be written, since the disk is full, wait until they can.
+    """
 
     def __init__(self, path: Path, resume_step: int) -> None:
         self.path = path
@@ -24,13 +27,23 @@ class MetricsFile:
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         temporary.replace(path)
-        self.file = open(path, "a", buffering=1)  # noqa: SIM115 - open for the length of the run
+        self.file = open(path, "ab", buffering=0)  # noqa: SIM115 - open for the length of the run
+        self.waiting = b""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+        told = bool(self.waiting)
+        self.waiting += json.dumps({"step": step, **metrics}).encode() + b"\n"
+        try:
+            while self.waiting:
+                self.waiting = self.waiting[self.file.write(self.waiting) :]
+        except OSError as error:
+            if not told:
+                log.error("%s: %s; figures wait until there is space", self.path, error.strerror)
 
     def close(self) -> None:
         self.file.close()
+        if self.waiting:
+            log.error("%s lacks its last %d rows", self.path, self.waiting.count(b"\n"))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

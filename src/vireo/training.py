@@ -7,7 +7,7 @@ decided by all ranks together (faults.py).
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -97,7 +97,7 @@ def train(
         for micro in range(accumulation):
             with stopwatch.waiting():
                 batch = next(batches)
-            bad_files.update(batch["bad"])
+            _note_bad(bad_files, batch["bad"])
             samples += _named(batch)
             seed_default(seed, "network", (step, micro, rank))
 
@@ -199,6 +199,14 @@ class Stopwatch:
         figures = {"seconds_per_step": elapsed / self.steps, "data_wait": self.waited / elapsed}
         self._restart()
         return figures
+
+
+def _note_bad(bad_files: dict[str, str], found: Iterable[tuple[str, str]]) -> None:
+    """Tell of each file once; it may come again in every epoch."""
+    for path, reason in found:
+        if path not in bad_files:
+            log.warning("%s cannot be read, so another sample takes its place: %s", path, reason)
+        bad_files[path] = reason
 
 
 def _bad_files_message(bad_files: Mapping[str, str], limit: int) -> str:

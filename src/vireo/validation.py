@@ -17,6 +17,7 @@ from vireo.metrics import measure_video
 from vireo.models.encoders import Encoder
 from vireo.pixels import to_uint8
 from vireo.randomness import Draws
+from vireo.run_folder import dispensable
 from vireo.sampling.sampler import Sampler
 
 log = logging.getLogger(__name__)
@@ -168,11 +169,11 @@ def validate(
         if score.clip < pictures and score.unreadable is None:
             shown[score.clip] = (columns, fps or score.fps)
     everything = {s.clip: s for s in itertools.chain(*distributed.gather(scores))}
-    if distributed.is_main():
+    with dispensable("pictures of held-out clips"):
         folder.mkdir(parents=True, exist_ok=True)
+        for index, (columns, rate) in shown.items():
+            show(columns, folder / f"clip_{index:03d}", rate, gif)
     distributed.barrier()
-    for index, (columns, rate) in shown.items():
-        show(columns, folder / f"clip_{index:03d}", rate, gif)
     found = [everything[index] for index in sorted(everything)]
     unreadable = sum(score.unreadable is not None for score in found)
     return {**means(found), **({"unreadable_clips": unreadable} if unreadable else {})}

@@ -105,6 +105,11 @@ class VideoReader:
         frames = self._reading(lambda video: video.read(unique)).permute(0, 3, 1, 2)
         return frames if unique == list(indices) else frames[[unique.index(index) for index in indices]]
 
+    def expect(self, num_frames: int) -> None:
+        """Raises BadVideoError if there are fewer frames than when the file was last looked at."""
+        if len(self) < num_frames:
+            raise BadVideoError(self.path, f"it has {len(self)} frames now, {num_frames} when last looked at")
+
     def close(self) -> None:
         """Give the file back; asked for more, a closed reader opens it again."""
         if self._video is not None:

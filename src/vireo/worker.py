@@ -26,6 +26,7 @@ from vireo import (
     digests,
     distributed,
     faults,
+    hangs,
     incidents,
     memory,
     objects,
@@ -90,8 +91,7 @@ class Run:
         self.figures: dict[str, float] = {}
         self.started_at = self.saved_at = time.monotonic()
         self.memory_creep = memory.Creep()
-        stacks = folder / "stacks" / f"rank_{distributed.rank()}.txt"
-        self.watchdog = Watchdog(stacks, settings["launcher"]["timeout"])
+        self.watchdog = Watchdog(hangs.file_of(folder, distributed.rank()), settings["launcher"]["timeout"])
         self.writer = ThreadPoolExecutor(1, "checkpoint")
         self.saving: tuple[int, Future | None] | None = None
 
@@ -258,7 +258,8 @@ class Run:
     def record(self, incident: incidents.Incident) -> None:
         """Keep a step that was turned away; called on every rank, done on the main one."""
         if distributed.is_main():
-            incidents.write(self.folder, incident)
+            with run_folder.dispensable(f"what was wrong with step {incident.step}"):
+                incidents.write(self.folder, incident)
 
     def batches(self, progress: Progress) -> Iterator[dict[str, Any]]:
         """This rank's micro-batches from `progress` to the end of the run."""
@@ -303,7 +304,7 @@ class Run:
             with self.watchdog.paused():
                 self.save(progress, final=last)
                 if improved and saving["keep_best"]:
-                    self.export(self.folder / "export" / "best")
+                    self._exported(self._export_best, self.folder / "export" / "best")
 
     def _note_best(self, step: int) -> bool:
         """Whether this validation is the best so far, by `validation.metric`."""
@@ -403,6 +404,13 @@ class Run:
         with self.average.applied():  # a state on the CPU shares the network's memory, so it is written in here
             state = self.strategy.full_state()
             return export(folder, state) if distributed.is_main() else None
+
+    def _export_best(self, folder: Path, state: Mapping[str, Tensor]) -> None:
+        """A failure is told, and the run goes on, as after a failed save; `vireo export` makes it of the checkpoint."""
+        try:
+            self.network.export(folder, state)
+        except Exception as error:  # a full disk, as each writer says it
+            log.error("%s could not be written: %s: %s", folder, type(error).__name__, error)
 
     def _try_export(self) -> None:
         """An export that would fail after days fails now."""

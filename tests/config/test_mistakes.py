@@ -221,6 +221,19 @@ def test_secrets_stay_out_of_configs(monkeypatch):
         config.resolve(config.compose(["notes=${oc.env:WANDB_API_KEY}"]))
 
 
+@pytest.mark.parametrize(
+    "name", ["HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "DB_PASSWD", "MY_SECRET", "APP_CREDENTIALS", "key", "TOKEN_OF_MINE"]
+)
+def test_every_name_of_a_secret_is_known(monkeypatch, name):
+    monkeypatch.setenv(name, "fedcba9876543210")
+    for words in (f"notes=${{oc.env:{name}}}", f"tags=['${{oc.env:{name}}}']", f"run=x-${{oc.env:{name}}}"):
+        told = message(words)
+        assert "looks like a secret" in told and "fedcba9876543210" not in told
+    for words in ("notes=fedcba9876543210", "tags=[a,xfedcba9876543210x]"):
+        told = message(words)
+        assert f"holds the value of {name}" in told and "fedcba9876543210" not in told
+
+
 # ------------------------------------------------------------------ objects
 
 

@@ -166,7 +166,9 @@ def test_another_seed_splits_otherwise(root, out):
 
 def test_a_published_dataset_loads_with_its_absolute_paths(root, out):
     published(root, out)
-    clips = list_arrow(out).clips
+    with pytest.raises(UserError, match="absolute paths, .*data.frames_root=…, or allow .*allow_outside_root=true"):
+        list_arrow(out)
+    clips = list_arrow(out, allow_outside_root=True).clips
     assert contents(clips) == contents(list_raw(root).clips)
     assert Counter(clip.split for clip in clips) == {"train": 3, "test": 2}
 
@@ -189,7 +191,7 @@ def test_a_dataset_finds_its_frames_after_both_were_moved_or_by_frames_root(root
 def test_absolute_paths_of_another_machine_follow_frames_root(root, out, tmp_path):
     published(root, out)
     shutil.move(root, tmp_path / "moved")
-    assert [line.split(", looked")[0] for line in list_arrow(out).left_out][0] == (
+    assert [line.split(", looked")[0] for line in list_arrow(out, allow_outside_root=True).left_out][0] == (
         f"{edits.NAMES[0]}: frames 00, 01, 02 and 17 more missing"
     )
     assert contents(list_arrow(out, tmp_path / "moved").clips) == contents(list_raw(tmp_path / "moved").clips)
@@ -198,7 +200,7 @@ def test_absolute_paths_of_another_machine_follow_frames_root(root, out, tmp_pat
 def test_frames_that_are_gone_and_empty_texts_are_left_out(root, out):
     published(root, out)
     (root / edits.NAMES[3] / "19.png").unlink()
-    assert list_arrow(out).left_out == [
+    assert list_arrow(out, allow_outside_root=True).left_out == [
         f"{edits.NAMES[3]}: frame 19 missing, looked for as {root / edits.NAMES[3] / '19.png'}"
     ]
     rows = {"input_frames": [[f"a/{k}" for k in range(20)]], "edit_prompt": [""], "edited_image": [None]}

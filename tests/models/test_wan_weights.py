@@ -118,7 +118,7 @@ class TestBase:
         torch.save({"optimizer": {"lr": 1.0}}, tmp_path / "odd.pt")
         torch.save({"generator": object}, tmp_path / "code.pt")
         (tmp_path / "cut.pt").write_bytes(b"PK")
-        for name, says in (("odd.pt", "no weights"), ("code.pt", "more than tensors"), ("cut.pt", "cut.pt")):
+        for name, says in (("odd.pt", "no weights"), ("code.pt", "pickled objects"), ("cut.pt", "cut.pt")):
             with pytest.raises(UserError, match=says):
                 wan_weights.read(tmp_path / name)
         for name in ("none.pt", "model.ckpt"):

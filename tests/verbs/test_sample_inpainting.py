@@ -63,6 +63,15 @@ def test_mistakes_are_told(words, said, tmp_path):
         sample.main([*WORDS, *words, f"out={tmp_path}"])
 
 
+def test_a_video_of_ones_own_needs_no_data(tmp_path, monkeypatch):
+    monkeypatch.delenv("VIREO_DATA", raising=False)
+    words = [*WORDS, "size=full", f"paths.weights={world.ensure() / 'weights'}"]
+    with pytest.raises(UserError, match=r"paths\.data: size=full needs your data"):
+        sample.main(words)
+    with pytest.raises(UserError, match="a.mp4: there is no such file"):
+        sample.main([*words, "video=a.mp4", "mask=b.png", f"out={tmp_path}"])
+
+
 def test_recipes_without_files_say_so(tmp_path):
     with pytest.raises(UserError, match="Clips makes no samples of video"):
         sample.main(["experiment=taehv", "video=a.mp4", f"out={tmp_path}"])

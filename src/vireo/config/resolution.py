@@ -107,9 +107,25 @@ def _child(node: Any, name: str) -> Any:
     return node[int(name)] if isinstance(node, list) else node[name]
 
 
+class _WrittenOut(yaml.SafeDumper):
+    """Writes a value that stands in several places in each of them."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+class _WithoutAliases(yaml.SafeLoader):
+    """Refuses aliases, by which ten lines can stand for more than any memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias (*name), which the config of a run has not")
+        return super().compose_node(parent, index)
+
+
 def to_text(resolved: dict[str, Any]) -> str:
     """Settings as YAML; `from_text` gives them back."""
-    return yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(resolved, Dumper=_WrittenOut, sort_keys=False, allow_unicode=True, width=120)
 
 
 def from_text(text: str, name: str = "resolved.yaml") -> dict[str, Any]:
@@ -119,8 +135,8 @@ def from_text(text: str, name: str = "resolved.yaml") -> dict[str, Any]:
     name.
     """
     try:
-        resolved = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        resolved = yaml.load(text, Loader=_WithoutAliases)  # noqa: S506 - a SafeLoader
+    except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{name} is not valid YAML: {error}") from None
     if not isinstance(resolved, dict) or not {"experiment", "paths", "interpolations"} <= resolved.keys():
         raise UserError(f"{name} is not the resolved config of a run")

@@ -6,10 +6,11 @@ clips; here only blank lines at the end are dropped, and everything that is wron
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from vireo.data.listing import inside, shortened
 from vireo.errors import UserError
 
 # Names that the lists of published datasets have; the first is the documented one.
@@ -44,13 +45,16 @@ class Lists(NamedTuple):
         return len(self.files["prompts"].lines)
 
 
-def read(root: Path, names: Mapping[str, str | None], empty_captions: bool = False) -> Lists:
+def read(
+    root: Path, names: Mapping[str, str | None], empty_captions: bool = False, allow_outside_root: bool = False
+) -> Lists:
     """The list files of a folder and their faults: counts that differ, blank lines, files that are not there, or twice.
 
     names: for each kind that is wanted a file name relative to `root`, or None for whichever of ALIASES is there. Only
     prompts must be there, so a caller looks at what it got. empty_captions: whether an inner blank line of the prompts
-    is a caption.
-    Raises UserError without a folder or prompts, for names that several files have, and for what is no UTF-8 text.
+    is a caption. allow_outside_root: whether clips and pictures may lie outside `root`.
+    Raises UserError without a folder or prompts, for names that several files have, for what is no UTF-8 text, and for
+    lines that lead out of `root` though they may not.
     """
     if not root.is_dir():
         raise UserError(f"there is no folder {root}: expected one with {ALIASES['prompts'][0]} and its clips")
@@ -59,6 +63,9 @@ def read(root: Path, names: Mapping[str, str | None], empty_captions: bool = Fal
     if "prompts" not in files:
         beside = f"; {root} has {', '.join(sorted(p.name for p in root.iterdir())[:8]) or 'nothing in it'}"
         raise UserError(f"no captions in {root}: expected {' or '.join(ALIASES['prompts'])}{beside}")
+    listed = [(file, row) for kind, file in files.items() if kind != "prompts" for row in range(len(file.lines))]
+    if outside := list(_outside(root, listed, allow_outside_root)):
+        raise UserError(f"{root} cannot be used:\n{shortened(outside)}")
     problems = _count_problems(files)
     for kind, file in files.items():
         if not (kind == "prompts" and empty_captions):
@@ -66,6 +73,14 @@ def read(root: Path, names: Mapping[str, str | None], empty_captions: bool = Fal
         if kind != "prompts":
             problems += _file_problems(file)
     return Lists(files, problems)
+
+
+def _outside(root: Path, listed: Iterable[tuple[ListFile, int]], allow_outside_root: bool) -> Iterator[str]:
+    for file, row in listed:
+        try:
+            inside(root, file.file(row), allow_outside_root)
+        except ValueError as error:
+            yield f"{file.place(row)}: {error}"
 
 
 def _find(root: Path, kind: str, name: str | None) -> Path | None:

@@ -83,6 +83,7 @@ class CaptionedClips:
         these the nearest aspect ratio. All samples of a step come from one bucket, drawn in proportion to its clips.
     empty_captions: whether a blank line in the prompts is a caption.
     max_bad_fraction: largest share of clips that turn out unreadable while training.
+    allow_outside_root: whether lists may name files that do not lie in their folder.
     Raises UserError if the arguments or the data cannot be used.
     """
 
@@ -112,11 +113,13 @@ class CaptionedClips:
         buckets: Sequence[Sequence[int]] | None = None,
         empty_captions: bool = False,
         max_bad_fraction: float = 0.01,
+        allow_outside_root: bool = False,
     ) -> None:
         self.root = _layout_folder(Path(root).expanduser(), prompts, mix)
         self.split, self.image = split, image
         self.names = {"prompts": prompts, "videos": videos, "images": images}
         self.empty_captions, self.max_bad_fraction = empty_captions, max_bad_fraction
+        self.allow_outside_root = allow_outside_root
         self.frame_policy, self.fps, self.start, self.windows = frame_policy, fps, start, windows
         self.pad, self.resize = pad, resize
         self.mix = dict(mix or {})
@@ -208,15 +211,18 @@ class CaptionedClips:
         prompts: str | None = None,
         mix: Mapping[str, float] | None = None,
         out: str | Path | None = None,
+        allow_outside_root: bool = False,
     ) -> str:
         """For `vireo prepare`: the first frame of every clip as images/<name>.png, and images.txt.
 
-        out: the folder of both, by default the lists' own. Returns what to tell. Raises UserError.
+        out: the folder of both, by default the lists' own. allow_outside_root: of the class. Returns what to tell.
+        Raises UserError.
         """
         if mix:
             raise UserError("first frames are extracted of one folder at a time: data.mix=null paths.data=<folder>")
         folder = _layout_folder(Path(root).expanduser(), prompts, None)
-        return first_frames.extract(folder, videos, Path(out).expanduser() if out is not None else folder)
+        target = Path(out).expanduser() if out is not None else folder
+        return first_frames.extract(folder, videos, target, allow_outside_root)
 
     @staticmethod
     def from_files(
@@ -332,22 +338,32 @@ class CaptionedClips:
         assert clip.video is not None and clip.info is not None
         _, height, width = clip.bucket
         with VideoReader(clip.video, clip.info.decoder) as video:
+<<<<<<< HEAD
+            video.expect(clip.info.num_frames)
+            return resize(video.get(indices), height, width, self.resize).contiguous()
+=======
             if max(indices) >= len(video):
                 known = f"it has {len(video)} frames now, {clip.info.num_frames} when it was looked at"
                 raise ChangedError(clip.video, known)
             frames = video.get(indices)
         check_content(identity, clip.video)
         return resize(frames, height, width, self.resize).contiguous()
+>>>>>>> refs/heads/cog2
 
     # ------------------------------------------------------------------ what there is
 
     def _read(self, folder: Path, number: int, prefix: str) -> list[Clip]:
         """The clips of one folder. Raises UserError with all that is wrong with it."""
         wanted = ["prompts", "videos", *(["images"] if self.image == "listed" else [])]
+<<<<<<< HEAD
+        names = {kind: self.names[kind] for kind in wanted}
+        lists = caption_lists.read(folder, names, self.empty_captions, self.allow_outside_root)
+=======
         lists = caption_lists.read(folder, {kind: self.names[kind] for kind in wanted}, self.empty_captions)
         if self.split == "validation" and self.image == "first_frame" and "videos" not in lists.files:
             self.image = "listed"
             return self._read(folder, number, prefix)
+>>>>>>> refs/heads/cog2
         files, problems = lists.files, list(lists.problems)
         videos, images = files.get("videos"), files.get("images")
         if videos is None and self.split == "train":

@@ -153,6 +153,7 @@ class Clips:
 
     def _middle(self, entry: Entry, num_frames: int) -> Tensor:
         with VideoReader(entry.path, self.infos[entry.name].decoder) as video:
+            video.expect(self.infos[entry.name].num_frames)
             return video.get(middle_clip(len(video), num_frames, self.frame_step[0]))
 
     def _with_facts(self, entry: Entry, frames: Tensor) -> dict[str, Any]:
@@ -164,6 +165,7 @@ class Clips:
         if self.sizes:
             height = width = self.sizes[draws.once_integer("size", 0, len(self.sizes))]
         with VideoReader(entry.path, self.infos[entry.name].decoder) as video:
+            video.expect(self.infos[entry.name].num_frames)
             frames = video.get(random_clip(len(video), self.num_frames, self.frame_step, draws))
         _, _, *size = frames.shape
         if self.crop == "random":

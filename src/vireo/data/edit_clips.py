@@ -5,7 +5,6 @@ Frames 00 to 19 are what was there before, frame 20 is what an instruction made 
 `input_frames_folder`, relative to the root), its text (`instruction` or `edit_prompt`) and, perhaps, `task_type`.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from vireo import json_files
+from vireo.data.listing import inside
 from vireo.errors import UserError
 from vireo.video_io import is_frame
 
@@ -54,10 +55,11 @@ def metadata_file(root: Path) -> Path | None:
     return next((root / name for name in METADATA if (root / name).is_file()), None)
 
 
-def list_raw(root: Path) -> Listing:
+def list_raw(root: Path, allow_outside_root: bool = False) -> Listing:
     """The clips that the metadata file in `root` names, checked without opening a picture.
 
-    Left out, with the reason: clips without text, outside the three splits, listed twice, or not complete.
+    Left out, with the reason: clips without text, outside the three splits, outside `root` unless that is allowed (then
+    the last part of a path that is a split counts), listed twice, or not complete.
     Raises UserError for a missing file, malformed JSON (with the line), or a file that lists nothing.
     """
     file = metadata_file(root)
@@ -73,7 +75,7 @@ def list_raw(root: Path) -> Listing:
         try:
             if name in clips:
                 raise ValueError("listed twice, the first row counts")
-            clips[name] = _clip(row, root)
+            clips[name] = _clip(row, root, allow_outside_root)
         except ValueError as error:
             left_out.append(f"{name}: {error}")
     return Listing(list(clips.values()), left_out)
@@ -100,29 +102,15 @@ def numbers(frames: list[int]) -> str:
 
 
 def _rows(file: Path) -> Iterator[Any]:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}, byte {error.start}: not UTF-8 text, expected JSON") from error
     if file.suffix == ".jsonl":
-        for number, line in enumerate(text.splitlines(), start=1):
+        for number, line in enumerate(json_files.text(file).splitlines(), start=1):
             if line.strip():
-                yield _parsed(line, f"{file}, line {number}")
+                yield json_files.parse(line, str(file), number)
         return
-    rows = _parsed(text, str(file))
+    rows = json_files.read(file, largest=None)
     if not isinstance(rows, list):
         raise UserError(f"{file}: expected a list of clips, found {type(rows).__name__}")
     yield from rows
-
-
-def _parsed(text: str, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = "" if "line" in place else f", line {error.lineno}"
-        raise UserError(f"{place}{line}, column {error.colno}: malformed JSON: {error.msg}") from error
 
 
 def _name(row: Any) -> str:
@@ -135,22 +123,22 @@ def _either(row: Any, key: str, other: str) -> Any:
     return row.get(key, row.get(other)) if isinstance(row, dict) else None
 
 
-def _clip(row: Any, root: Path) -> EditClip:
+def _clip(row: Any, root: Path, allow_outside_root: bool) -> EditClip:
     """Raises ValueError, for people, for a row that cannot be used."""
     name = _name(row)
     if not name:
         raise ValueError("has neither video_path nor input_frames_folder")
-    folder = PurePosixPath(name)
-    if folder.is_absolute() or ".." in folder.parts:
-        raise ValueError(f"does not lie in {root}")
-    if folder.parts[0] not in SPLITS or len(folder.parts) < 2:
+    written = PurePosixPath(name)
+    folder = inside(root, root / name, allow_outside_root)
+    is_elsewhere = written.is_absolute() or ".." in written.parts
+    clip, split, task = named_parts(written)
+    if not clip or not (is_elsewhere or written.parts[0] in SPLITS):
         raise ValueError(f"lies in none of {', '.join(f'{split}/' for split in SPLITS)}")
     prompt = _either(row, "instruction", "edit_prompt")
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError("has no instruction")
-    _, split, task = named_parts(folder)
     task = row.get("task_type") or task
-    return EditClip(name, split, prompt, str(task), tuple(_frames(root / name)))
+    return EditClip(clip if is_elsewhere else name, split, prompt, str(task), tuple(_frames(folder)))
 
 
 def _frames(folder: Path) -> list[Frame]:

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vireo.data.edit_clips import NUM_FRAMES, EditClip, Frame, Listing, named_parts, numbers
+from vireo.data.listing import inside
 from vireo.errors import UserError
 
 MARKER = "dataset_dict.json"  # in a folder that `DatasetDict.save_to_disk` wrote
@@ -32,17 +33,18 @@ def features() -> Any:
     )
 
 
-def list_arrow(folder: Path, frames_root: Path | None = None) -> Listing:
+def list_arrow(folder: Path, frames_root: Path | None = None, allow_outside_root: bool = False) -> Listing:
     """The clips of all splits, checked without opening a picture; the edited one stays in the mapped file.
 
     frames_root: the folder that paths start from, in place of the recorded one; absolute paths are then looked for in
-    it too, from their split's name on. Left out, with the reason: clips without text, or with a missing frame. A clip
+    it too, from their split's name on. allow_outside_root: whether frames may lie elsewhere, as absolute paths without
+    frames_root do. Left out, with the reason: clips without text, or with a missing frame. A clip
     that a split lists again, say with another text, is named "<clip> (2)".
     Raises UserError for a folder that holds something else, for other columns, and for frames that are not where the
     dataset says.
     """
     splits = open_splits(folder)
-    root = _root(folder, splits, frames_root)
+    root = _root(folder, splits, frames_root, allow_outside_root)
     clips, left_out = [], []
     for split, table in splits.items():
         seen: Counter[str] = Counter()
@@ -53,6 +55,12 @@ def list_arrow(folder: Path, frames_root: Path | None = None) -> Listing:
             seen[name] += 1
             name = name if seen[name] == 1 else f"{name} ({seen[name]})"
             paths = [root / (_from_split(path) if frames_root is not None else path) for path in written]
+            try:
+                for parent in {path.parent for path in paths}:
+                    inside(root, parent, allow_outside_root)
+            except ValueError as error:
+                left_out.append(f"{name}: {error}")
+                continue
             missing = [number for number, path in enumerate(paths) if path.name not in _names_in(path.parent)]
             if missing:
                 left_out.append(f"{name}: {numbers(missing)} missing, looked for as {paths[missing[0]]}")
@@ -91,7 +99,7 @@ def _edited_image(table: Any, row: int) -> bytes:
     return content
 
 
-def _root(folder: Path, splits: Mapping[str, Any], given: Path | None) -> Path:
+def _root(folder: Path, splits: Mapping[str, Any], given: Path | None, allow_outside_root: bool) -> Path:
     """Where relative paths start: as given, else as recorded, beside the dataset or where it was made."""
     if given is not None:
         if not given.is_dir():
@@ -99,6 +107,11 @@ def _root(folder: Path, splits: Mapping[str, Any], given: Path | None) -> Path:
         return given
     first = [table[0]["input_frames"][0] for table in splits.values() if len(table)]
     if all(os.path.isabs(path) for path in first):
+        if not allow_outside_root:
+            raise UserError(
+                f"{folder} names its frames by absolute paths, such as {first[0]}: give the folder that they are in, "
+                "data.frames_root=…, or allow all of them with +data.allow_outside_root=true"
+            )
         return Path("/")
     recorded = _recorded(next(iter(splits.values())).info.description)
     candidates = [Path(os.path.normpath(folder / path)) for path in recorded]

@@ -49,21 +49,29 @@ class Report(NamedTuple):
         return text
 
 
-def convert(root: Path, out: Path, *, strict: bool = False, resplit: float | None = None, seed: int = 0) -> Report:
+def convert(
+    root: Path,
+    out: Path,
+    *,
+    strict: bool = False,
+    resplit: float | None = None,
+    seed: int = 0,
+    allow_outside_root: bool = False,
+) -> Report:
     """Write the raw layout below `root` as a dataset with the published features.
 
     Every picture is decoded once; clips that are incomplete, damaged, without text, or of which a training clip shares
     a picture with a held-out one, are left out and reported. The raw split is kept. The dataset is made from the
     files as they are now, without any cache, and appears at `out` whole or not at all.
     strict: refuse if anything would be left out. resplit: the share of clips that is held out as `test` in place of the
-    raw split, chosen by seed and name. Raises UserError for these, if no clip is left to train on, and for an `out`
-    that holds something else than a dataset.
+    raw split, chosen by seed and name. allow_outside_root: whether clips may lie outside `root`. Raises UserError for
+    these, if no clip is left to train on, and for an `out` that holds something else than a dataset.
     """
     if resplit is not None and not 0 < resplit < 1:
         raise UserError(f"resplit={resplit}: a share of the clips between 0 and 1 is expected")
     if out.exists() and any(out.iterdir()) and not (out / MARKER).is_file():
         raise UserError(f"{out} holds something else than a dataset: choose another folder with out=…")
-    clips, left_out = list_raw(root)
+    clips, left_out = list_raw(root, allow_outside_root)
     checked, damaged = _check(clips)
     if resplit is not None:
         checked = _split_anew(checked, resplit, seed)

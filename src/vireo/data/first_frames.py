@@ -15,14 +15,16 @@ from vireo.video_io import BadVideoError, VideoReader
 logger = logging.getLogger(__name__)
 
 
-def extract(root: Path, videos: str | None, out: Path) -> str:
+def extract(root: Path, videos: str | None, out: Path, allow_outside_root: bool = False) -> str:
     """Write `out`/images/<name>.png, frames of the videos' own size, and `out`/images.txt, whole or not at all.
 
-    root: folder of the lists. videos: name of the list of clips. Pictures are named by the clip's file name, and by its
-    path where two clips share that. Returns what to tell. Raises UserError if a clip cannot be read (all of these
-    together), since a shorter list would move pictures to other clips, and if there are pictures already.
+    root: folder of the lists. videos: name of the list of clips, which may lie elsewhere if allow_outside_root.
+    Pictures are named by the clip's file name, and by its path where two clips share that. Returns what to tell. Raises
+    UserError if a clip cannot be read (all of these together), since a shorter list would move pictures to other clips,
+    and if there are pictures already.
     """
-    lists = caption_lists.read(root, {"prompts": None, "videos": videos})
+    kinds = {"prompts": None, "videos": videos}
+    lists = caption_lists.read(root, kinds, allow_outside_root=allow_outside_root)
     if lists.problems or "videos" not in lists.files:
         told = shortened(lists.problems or [f"there is no {caption_lists.ALIASES['videos'][0]}"])
         raise UserError(f"{root} cannot be used:\n{told}")

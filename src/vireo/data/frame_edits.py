@@ -49,6 +49,8 @@ class FrameEdits:
     flip: probability of a horizontal flip in training; 0 since instructions say left and right.
     frames_root: where the paths of a Hugging Face dataset start, if it has been moved away from its frames.
     max_bad_fraction: largest share of clips that turn out unreadable while training.
+    allow_outside_root: whether the metadata may list clips outside `root`, or a dataset frames outside its folder of
+    frames, as those of the published converter do, whose paths are absolute.
     Raises UserError if the arguments or the data cannot be used.
     """
 
@@ -69,6 +71,7 @@ class FrameEdits:
         flip: float = 0.0,
         frames_root: str | Path | None = None,
         max_bad_fraction: float = 0.01,
+        allow_outside_root: bool = False,
     ) -> None:
         self.root = _layout_folder(Path(root).expanduser())
         self.height, self.width = height, width
@@ -79,7 +82,7 @@ class FrameEdits:
             self.condition_frames = list(condition_frames)
         self.crop, self.crop_scale, self.crop_variants = crop, (crop_scale[0], crop_scale[-1]), crop_variants
         self.flip = flip
-        self.max_bad_fraction = max_bad_fraction
+        self.max_bad_fraction, self.allow_outside_root = max_bad_fraction, allow_outside_root
         self._check_arguments(num_frames)
 
         self.is_arrow = (self.root / edit_clips_arrow.MARKER).is_file()
@@ -166,16 +169,19 @@ class FrameEdits:
         strict: bool = False,
         resplit: float | None = None,
         seed: int = 0,
+        allow_outside_root: bool = False,
     ) -> str:
         """For `vireo prepare`: convert the raw layout to a Hugging Face dataset (`edit_clips_conversion.convert`).
 
-        out: default `<root>_arrow`. Returns what to tell. Raises UserError.
+        out: default `<root>_arrow`. allow_outside_root: of the class. Returns what to tell. Raises UserError.
         """
         raw = _layout_folder(Path(root).expanduser())
         if (raw / edit_clips_arrow.MARKER).is_file():
             raise UserError(f"{raw} is a Hugging Face dataset already: give the raw layout, paths.data=…")
         folder = Path(out).expanduser() if out is not None else raw.with_name(f"{raw.name}_arrow")
-        report = edit_clips_conversion.convert(raw, folder, strict=strict, resplit=resplit, seed=seed)
+        report = edit_clips_conversion.convert(
+            raw, folder, strict=strict, resplit=resplit, seed=seed, allow_outside_root=allow_outside_root
+        )
         return f"{report}\ndataset  {folder}\nto train on it: paths.data={folder}"
 
     @property
@@ -241,10 +247,10 @@ class FrameEdits:
 
     def _list(self) -> Listing:
         if self.is_arrow:
-            return edit_clips_arrow.list_arrow(self.root, self.frames_root)
+            return edit_clips_arrow.list_arrow(self.root, self.frames_root, self.allow_outside_root)
         if self.frames_root is not None:
             raise UserError(f"data.frames_root is for Hugging Face datasets, and {self.root} is none: leave it out")
-        return list_raw(self.root)
+        return list_raw(self.root, self.allow_outside_root)
 
     def _chosen(self) -> list[EditClip]:
         wanted = ["train"] if self.split == "train" else self.held_out

@@ -1,12 +1,13 @@
 """What a dataset consists of: the clips found below a folder, or those listed in an annotation file."""
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from vireo import json_files
 from vireo.errors import UserError
 from vireo.video_io import VIDEO_SUFFIXES, is_frame
 
@@ -21,6 +22,21 @@ class Entry:
     name: str
     path: Path
     text: str | None = None
+
+
+def inside(root: Path, path: Path, allow_outside_root: bool) -> Path:
+    """`path`, which a list of others names, if it lies in `root` or may lie elsewhere: the one guard of all layouts.
+
+    Raises ValueError, for people, for one that leads out of it: absolute, by `..` or by a link.
+    """
+    if allow_outside_root or path.resolve().is_relative_to(_resolved(os.path.abspath(root))):
+        return path
+    raise ValueError(f"{path} lies outside {root}: allow it with +data.allow_outside_root=true")
+
+
+@lru_cache(maxsize=64)
+def _resolved(root: str) -> Path:
+    return Path(root).resolve()  # asks the disk for each of its parts, and lists have millions of lines
 
 
 def list_folder(root: Path) -> list[Entry]:
@@ -87,14 +103,7 @@ def shortened(lines: Sequence[str], limit: int = 10) -> str:
 
 
 def _items(file: Path) -> list[Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"the annotation file {file} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}, byte {error.start}: not UTF-8 text, expected JSON") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}, line {error.lineno}, column {error.colno}: malformed JSON: {error.msg}") from error
+    content = json_files.read(file, largest=None)
     items = content.get("list") if isinstance(content, dict) else content
     if not isinstance(items, list):
         raise UserError(f'{file}: expected a list of clips, or an object with one under "list"')
@@ -116,12 +125,10 @@ def _entry(item: Any, root: Path, allow_outside_root: bool) -> Entry:
     text = item.get("text", item.get("caption"))
     if text is not None and not isinstance(text, str):
         raise ValueError(f'"text" is {type(text).__name__}, expected a string')
-    path = root / written  # an absolute path stays itself
-    if not allow_outside_root and not path.resolve().is_relative_to(root.resolve()):
-        raise ValueError(f"{written} lies outside {root}: allow it with +data.allow_outside_root=true")
+    path = inside(root, root / written, allow_outside_root)  # an absolute path stays itself
     plain = Path(os.path.normpath(path))
-    inside = plain.is_relative_to(os.path.normpath(root))
-    return Entry((plain.relative_to(os.path.normpath(root)) if inside else plain).as_posix(), path, text)
+    is_inside = plain.is_relative_to(os.path.normpath(root))
+    return Entry((plain.relative_to(os.path.normpath(root)) if is_inside else plain).as_posix(), path, text)
 
 
 def _is_video(name: str) -> bool:

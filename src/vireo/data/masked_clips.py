@@ -60,6 +60,7 @@ class MaskedClips:
     and width, sides are cut to multiples of 8, and masks are resized bilinearly. Then videos of several shapes need
     batch_size=1, as they do with validation_size "native", which leaves validation clips as large as they are.
     max_bad_fraction: largest share of videos that cannot be read; they are left out and reported.
+    allow_outside_root: whether DAVIS's lists may name videos outside its folder of frames.
     Videos of fewer than num_frames frames are left out and counted. Raises UserError if nothing is left, or for what
     cannot be used.
     """
@@ -85,6 +86,7 @@ class MaskedClips:
         crop: Literal["center", "none"] = "center",
         validation_size: Literal["native", "crop"] = "native",
         max_bad_fraction: float = 0.01,
+        allow_outside_root: bool = False,
     ) -> None:
         given = {"davis": davis, "ytvos": ytvos, "videos": videos}
         self.roots = {source: Path(root).expanduser() for source, root in given.items() if root is not None}
@@ -95,6 +97,7 @@ class MaskedClips:
         self.split, self.annotations, self.dilation, self.held_out = split, annotations, dilation, held_out
         self.prompt, self.reverse, self.crop = prompt, reverse, crop
         self.validation_size, self.max_bad_fraction = validation_size, max_bad_fraction
+        self.allow_outside_root = allow_outside_root
         self._check_arguments()
 
         entries = self._list()
@@ -243,14 +246,17 @@ class MaskedClips:
             raise UserError("data: davis, ytvos and videos are all null: one of them has to name a folder")
         found: list[Entry] = []
         if "davis" in self.roots:
-            found += davis(self.roots["davis"], "train")
+            found += self._davis("train")
             if isinstance(self.held_out, str) and self.held_out != "all":
-                found += davis(self.roots["davis"], self.held_out)
+                found += self._davis(self.held_out)
         if "ytvos" in self.roots:
             found += youtube_vos(self.roots["ytvos"])
         if "videos" in self.roots:
             found += [Entry(f"videos/{one.name}", one.path) for one in list_folder(self.roots["videos"])]
         return {entry.name: entry for entry in found}
+
+    def _davis(self, image_set: str) -> list[Entry]:
+        return davis(self.roots["davis"], image_set, self.allow_outside_root)
 
     def _scan(self, entries: Mapping[str, Entry]) -> tuple[dict[str, VideoInfo], dict[str, str]]:
         """The videos that can be read, and why the others cannot. Raises UserError for too many of these."""
@@ -282,7 +288,7 @@ class MaskedClips:
         if rule == "all":
             return usable
         if isinstance(rule, str):
-            return {entry.name for entry in davis(self.roots["davis"], rule)}
+            return {entry.name for entry in self._davis(rule)}
         if isinstance(rule, (int, float)):
             return held_out_names(usable, rule, Path())
         by_short = {name.partition("/")[2]: name for name in reversed(list(entries))}
@@ -317,10 +323,7 @@ class MaskedClips:
         """uint8 RGB (T, 3, H, W) at the video's own size."""
         info = self.infos[name]
         with VideoReader(self.videos[name].path, info.decoder) as video:
-            if max(numbers) >= len(video):
-                raise BadVideoError(
-                    video.path, f"it has {len(video)} frames now, {info.num_frames} when last looked at"
-                )
+            video.expect(info.num_frames)
             frames = video.get(numbers)
         if frames.shape[2:] != (info.height, info.width):
             found = "x".join(map(str, frames.shape[:1:-1]))

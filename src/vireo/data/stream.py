@@ -5,6 +5,7 @@ The run sees one infinite global stream of positions: epoch = position // n, and
 """
 
 import functools
+import multiprocessing
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
+from vireo import orphans
 from vireo.cache import Cache, literal, text_identity
 from vireo.data.source import Source
 from vireo.errors import UserError
@@ -264,12 +266,15 @@ def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 def start_worker(worker: int) -> None:
     """One thread each, since the workers are the parallelism; and a stop signal is the main process's business.
 
-    A batch system signals the whole process group: a worker that died of it would end the run before it has saved.
-    torch ends workers itself, and kills one that does not listen.
+    A batch system signals the whole process group: a worker that died of it would end the run before it has saved. When
+    the main process is gone, so is the worker, whatever it hangs in.
     """
     torch.set_num_threads(1)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None and parent.pid is not None:
+        orphans.die_with_parent(parent.pid, signal.SIGKILL)
 
 
 def loader(
@@ -281,6 +286,7 @@ def loader(
     pin: bool = False,
 ) -> DataLoader:
     """Micro-batches in order. timeout: seconds after which a worker that gives nothing ends the run."""
+    orphans.end_children_at_exit()
     return DataLoader(
         stream,
         batch_sampler=slices,

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from vireo.data import rle
 
-VERSION = "1"  # of what `parse` accepts
+VERSION = "2"  # of what `judge` accepts
 
 
 class Subject(NamedTuple):
@@ -63,6 +63,8 @@ def cluster(key: str) -> str:
 def judge(key: str, value: Any) -> str:
     """For `JsonIndex`: the entry's cluster. Raises ValueError, for people, for an entry that cannot be used."""
     parse(key, value)
+    if {"..", ""} & set(cluster(key).split("/")):  # clusters are names of files
+        raise ValueError(f"the key {key!r} names no clip")
     return cluster(key)
 
 

@@ -60,6 +60,7 @@ class SubjectClips:
     pairs: folder, as given or below root, with pairs of one subject in two clips (`vireo.data.subject_pairs`). Then the
         reference is a picture from another clip, or from the clip itself where it has no pair.
     max_bad_fraction: largest share of clips that turn out unreadable while training.
+    allow_outside_root: whether annotations may name videos outside their part's folder.
     Raises UserError if the arguments or the files cannot be used. Entries that cannot be used are left out and told.
     """
 
@@ -90,6 +91,7 @@ class SubjectClips:
         pairs: str | None = None,
         subject_mask: bool = False,
         max_bad_fraction: float = 0.01,
+        allow_outside_root: bool = False,
     ) -> None:
         self.root, self.num_frames, self.height, self.width = Path(root).expanduser(), num_frames, height, width
         self.split, self.held_out = split, held_out
@@ -102,7 +104,7 @@ class SubjectClips:
         self.augmentation = augmentation if split == "train" else None
         self._check_arguments()
 
-        self.parts = find_parts(self.root, annotations, videos)
+        self.parts = find_parts(self.root, annotations, videos, allow_outside_root)
         self.pairs = None if pairs is None else SubjectPairs(below(self.root, pairs))
         self._part_of, self._row_of = self._chosen()
         self._look_at_videos()
@@ -185,7 +187,11 @@ class SubjectClips:
         suit; for people."""
         found = self._problems()
         for index in self._spread(LOOKED_AT):
-            clip = self._clip(index)
+            try:
+                clip = self._clip(index)
+            except BadVideoError as error:
+                found.append(str(error))
+                continue
             if not clip.path.exists():
                 found.append(f"{clip.name}: there is no {clip.path}")
             try:
@@ -195,9 +201,15 @@ class SubjectClips:
         return found
 
     @staticmethod
-    def prepare(root: str | Path, annotations: Sequence[str] | None = None, videos: Sequence[str] | None = None) -> str:
+    def prepare(
+        root: str | Path,
+        annotations: Sequence[str] | None = None,
+        videos: Sequence[str] | None = None,
+        allow_outside_root: bool = False,
+    ) -> str:
         """For `vireo prepare`: index the annotation files, and look for every video. Returns what to tell."""
-        return "\n".join(map(subject_parts.report, find_parts(Path(root).expanduser(), annotations, videos)))
+        parts = find_parts(Path(root).expanduser(), annotations, videos, allow_outside_root)
+        return "\n".join(map(subject_parts.report, parts))
 
     @staticmethod
     def from_files(height: int, width: int, prompt: str, reference: str | None = None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vireo.data import subject_annotations
 from vireo.data.json_index import JsonIndex
-from vireo.data.listing import shortened
+from vireo.data.listing import inside, shortened
 from vireo.data.source import identify
 from vireo.data.subject_annotations import Annotation
 from vireo.data.transforms import Box
@@ -23,16 +23,23 @@ LAYOUTS = (("Jsons/mask_and_bbox", "Videos"), ("demo_result/step5/merge_final_js
 
 
 class Part(NamedTuple):
-    """One annotation file, and the folder that its paths start from. name: of the file, without its suffix."""
+    """One annotation file, and the folder that its paths start from. name: of the file, without its suffix.
+
+    allow_outside_root: whether they may lead out of it."""
 
     name: str
     entries: JsonIndex
     videos: Path
+    allow_outside_root: bool = False
 
     def clip(self, row: int) -> "Clip":
-        """The usable entry of this number."""
+        """The usable entry of this number. Raises BadVideoError for a video that lies elsewhere and may not."""
         about = subject_annotations.parse(*self.entries.entry(row))
-        return Clip(f"{self.name}/{about.key}", self.videos / about.video, about)
+        name, path = f"{self.name}/{about.key}", self.videos / about.video
+        try:
+            return Clip(name, inside(self.videos, path, self.allow_outside_root), about)
+        except ValueError as error:
+            raise BadVideoError(path, f"of {name} in {self.entries.path}: {error}") from None
 
 
 class Clip(NamedTuple):
@@ -60,7 +67,9 @@ class Clip(NamedTuple):
         return identify(content, decoder=decoder_version("pyav"), crop=self.about.crop, **decoding)
 
 
-def find_parts(root: Path, annotations: Sequence[str] | None, videos: Sequence[str] | None) -> list[Part]:
+def find_parts(
+    root: Path, annotations: Sequence[str] | None, videos: Sequence[str] | None, allow_outside_root: bool = False
+) -> list[Part]:
     """The annotation files with their videos, indexed. Raises UserError for lists of different lengths, files that are
     not there, and two files of one name."""
     if annotations is None or videos is None:
@@ -79,7 +88,7 @@ def find_parts(root: Path, annotations: Sequence[str] | None, videos: Sequence[s
         raise UserError(f"data.annotations: {twice[0]} is the name of two files; clips are known by it: rename one")
     version = subject_annotations.VERSION
     return [
-        Part(file.stem, JsonIndex(file, subject_annotations.judge, version), folder)
+        Part(file.stem, JsonIndex(file, subject_annotations.judge, version), folder, allow_outside_root)
         for file, folder in zip(files, folders, strict=True)
     ]
 
@@ -99,7 +108,11 @@ def report(part: Part) -> str:
     count = frames = masks = without = 0
     seconds, missing = 0.0, []
     for row in part.entries.usable.nonzero()[0].tolist():
-        clip = part.clip(row)
+        try:
+            clip = part.clip(row)
+        except BadVideoError as error:
+            missing.append(str(error))
+            continue
         length = clip.about.stop - clip.about.start
         count, frames, masks = count + 1, frames + length, masks + len(clip.about.subjects)
         seconds += length / clip.about.fps if clip.about.fps else 0

@@ -7,14 +7,15 @@ consecutive as they are listed.
 
 from pathlib import Path
 
-from vireo.data.listing import Entry, list_folder
+from vireo.data.listing import Entry, inside, list_folder, shortened
 from vireo.errors import UserError
 
 
-def davis(root: Path, image_set: str) -> list[Entry]:
+def davis(root: Path, image_set: str, allow_outside_root: bool = False) -> list[Entry]:
     """The videos that one of DAVIS's lists names ("train", "val"), in its order, there or not.
 
-    Raises UserError for a folder or a list that is missing, or a list without a name.
+    Raises UserError for a folder or a list that is missing, a list without a name, and for names that lead out of the
+    folder of frames, unless these may.
     """
     frames = root / "JPEGImages" / "480p"
     if not frames.is_dir():
@@ -24,10 +25,19 @@ def davis(root: Path, image_set: str) -> list[Entry]:
         others = sorted(path.stem for path in file.parent.glob("*.txt"))
         known = f"there are {', '.join(others)}" if others else "there is no list in its folder either"
         raise UserError(f"there is no list {file}, {known}: it names the videos of DAVIS, one a line")
-    names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not names:
+    entries, outside = [], []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        name = line.strip()
+        try:
+            if name:
+                entries.append(Entry(f"davis/{name}", inside(frames, frames / name, allow_outside_root)))
+        except ValueError as error:
+            outside.append(f"{file.name}, line {number}: {error}")
+    if outside:
+        raise UserError(f"{file} cannot be used:\n{shortened(outside)}")
+    if not entries:
         raise UserError(f"{file} names no video")
-    return [Entry(f"davis/{name}", frames / name) for name in names]
+    return entries
 
 
 def davis_annotation(root: Path, entry: Entry) -> Path | None:

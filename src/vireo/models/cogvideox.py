@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from vireo import lora
@@ -120,9 +119,7 @@ class CogVideoX(Network):
             return
         part = saved_networks.find(path, "transformer", "init_from")
         own = {name.replace(".base_layer.", "."): value for name, value in self.transformer.state_dict().items()}
-        stored: dict[str, Tensor] = {}
-        for file in part.weights:
-            stored |= load_file(file)
+        stored = saved_networks.tensors(part)
         own = {name: value for name, value in own.items() if ".lora_" not in name}
         if self.positions_removed:
             stored.pop(POSITIONS, None)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vireo import json_files, tensor_files
 from vireo.digests import file_digest
 from vireo.errors import UserError
 
@@ -42,14 +43,7 @@ class Part(NamedTuple):
 
 def count(weights: list[Path]) -> int:
     """How many numbers safetensors files hold, by their headers."""
-    from safetensors import safe_open
-
-    total = 0
-    for file in weights:
-        with safe_open(file, "pt") as tensors:
-            shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118 - no dict
-            total += sum(math.prod(shape) for shape in shapes)
-    return total
+    return sum(math.prod(shape) for file in weights for shape in tensor_files.shapes(file).values())
 
 
 def find_config(path: str | Path, name: str, key: str) -> tuple[Path, dict[str, Any]]:
@@ -64,7 +58,7 @@ def find_config(path: str | Path, name: str, key: str) -> tuple[Path, dict[str, 
             f"{key}={path} has no {name}: there is neither {outer / name / CONFIG} nor {outer / CONFIG}. Set {key} to "
             "a folder as diffusers saves it; `huggingface-cli download <name> --local-dir <folder>` gives one."
         )
-    return folder, json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    return folder, json_files.read(folder / CONFIG)
 
 
 def find(path: str | Path, name: str, key: str) -> Part:
@@ -74,8 +68,7 @@ def find(path: str | Path, name: str, key: str) -> Part:
         if (folder / weights).is_file():
             return Part(folder, config, [folder / weights])
         if (folder / f"{weights}.index.json").is_file():
-            shards = json.loads((folder / f"{weights}.index.json").read_text(encoding="utf-8"))["weight_map"]
-            files = [folder / shard for shard in sorted(set(shards.values()))]
+            files = _shards(folder / f"{weights}.index.json")
             missing = [file.name for file in files if not file.is_file()]
             if missing:
                 raise UserError(f"{folder} lacks {', '.join(missing)}, which its index names; fetch them again.")
@@ -85,6 +78,18 @@ def find(path: str | Path, name: str, key: str) -> Part:
         f"{folder} has no weights: beside {CONFIG} there is {present}. Only safetensors are read "
         f"({' or '.join(WEIGHTS)}), since pickled files (.bin, .pt, .pth, .ckpt) can run code."
     )
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names, which lie beside it. Raises UserError for others."""
+    try:
+        names = sorted(set(json_files.read(index)["weight_map"].values()))
+        others = [name for name in names if Path(name).name != name]
+    except (LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is no index of weights: it has no weight_map, {{tensor: file}}") from error
+    if others:
+        raise UserError(f"{index} names {others[0]}, which does not lie beside it: only files of its folder are read")
+    return [index.with_name(name) for name in names]
 
 
 def find_tokenizer(path: str | Path) -> Path:
@@ -140,12 +145,7 @@ def save(network: Any, state: Mapping[str, Tensor], folder: Path, max_shard_size
 
 def tensors(part: Part) -> dict[str, Tensor]:
     """All weights by name, as they are stored."""
-    from safetensors.torch import load_file
-
-    state: dict[str, Tensor] = {}
-    for file in part.weights:
-        state |= load_file(file)
-    return state
+    return {name: value for file in part.weights for name, value in tensor_files.read(file)[0].items()}
 
 
 def load_strictly(network: nn.Module, state: Mapping[str, Tensor], source: str | Path, assign: bool = False) -> None:

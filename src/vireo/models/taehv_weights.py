@@ -5,16 +5,14 @@ that is asked for, so that a contradiction is told in words and not as a list of
 """
 
 import json
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import safetensors
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vireo import tensor_files
 from vireo.errors import UserError
 from vireo.models.taehv_variants import VARIANTS
 
@@ -46,22 +44,10 @@ def read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     A state dict below the key `state_dict` and names that start with `module.` are understood.
     Raises UserError for a file that is damaged or holds anything but tensors.
     """
-    metadata: dict[str, str] = {}
-    try:
-        if file.suffix == ".safetensors":
-            with safetensors.safe_open(file, framework="pt") as opened:
-                metadata = opened.metadata() or {}
-                state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
-        else:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, safetensors.SafetensorError, RuntimeError, EOFError) as error:
-        raise UserError(
-            f"{file} cannot be read as weights ({type(error).__name__}). Either it is damaged, then fetch it again, or "
-            "it holds pickled objects, which are not loaded since they can run code: save the state dict alone."
-        ) from error
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+    state, metadata = tensor_files.read(file)
+    if isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in state.items()):
+    if not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in state.items()):
         raise UserError(f"{file} holds no state dict: expected tensors by name.")
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}, metadata
 

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vireo import lora
+from vireo import lora, tensor_files
 from vireo.errors import UserError
 from vireo.models import wan_attention, wan_weights
 from vireo.models.network import Network
@@ -216,7 +216,7 @@ class WanReferences(Network):
         gates = {name for name in own if name.endswith("clip_gate")}
         if not gates & found.keys():
             found |= {name: torch.ones_like(own[name]) for name in gates}
-        needed = own.keys() if source.suffix in wan_weights.PICKLED else {name for name in own if is_new(name)}
+        needed = own.keys() if source.suffix in tensor_files.PICKLED else {name for name in own if is_new(name)}
         wan_weights.compare(found, own, needed, source)
         for name, value in found.items():
             own[name].copy_(value)

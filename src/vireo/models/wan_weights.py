@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from vireo import tensor_files
 from vireo.errors import UserError
 from vireo.models import saved_networks
 
 log = logging.getLogger(__name__)
 
-PICKLED = (".pt", ".pth")
 KEY = "model.network.transformer"
 CONTAINERS = ("generator", "generator_ema", "model", "generator_lora", "critic")  # of files that hold more than weights
 
@@ -76,9 +75,10 @@ def read(path: Path, container: str | None = None) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise UserError(f"{path}: there is no such file")
-    if path.suffix not in (*PICKLED, ".safetensors"):
+    if path.suffix not in (*tensor_files.PICKLED, ".safetensors"):
         raise UserError(f"{path}: weights are read from .safetensors, .pt or .pth")
-    state = load_file(path) if path.suffix == ".safetensors" else _unpickled(path, container)
+    state, _ = tensor_files.read(path)
+    state = state if path.suffix == ".safetensors" else _contained(path, state, container)
     return {to_diffusers(_bare(name)): value for name, value in state.items()}
 
 
@@ -123,7 +123,7 @@ def load_transformer(
     own = made.state_dict()
     if generator is None:
         part = saved_networks.find(folder, "transformer", KEY)
-        state, source = {name: value for file in part.weights for name, value in load_file(file).items()}, part.folder
+        state, source = saved_networks.tensors(part), part.folder
     else:
         source = Path(generator).expanduser()
         state = read(source)
@@ -174,15 +174,9 @@ def merged(state: Mapping[str, Tensor], path: Path, alpha: float) -> dict[str, T
     return result
 
 
-def _unpickled(path: Path, container: str | None) -> Mapping[str, Tensor]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    except Exception as error:  # pickle.UnpicklingError: something else than tensors
-        raise UserError(f"{path} holds more than tensors and plain values, and is not read: {error}") from error
+def _contained(path: Path, content: Mapping[str, Any], container: str | None) -> dict[str, Tensor]:
     wanted = CONTAINERS if container is None else (container,)
-    inner = next((content[name] for name in wanted if isinstance(content.get(name), Mapping)), content)
+    inner = next((content[name] for name in wanted if isinstance(content.get(name), dict)), dict(content))
     others = [name for name, value in inner.items() if not isinstance(value, Tensor)]
     if others:
         raise UserError(

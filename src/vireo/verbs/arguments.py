@@ -18,18 +18,16 @@ class Arguments(NamedTuple):
     own: dict[str, str]
 
 
-def read(words: Sequence[str], own: Collection[str], needs_weights: bool = True) -> Arguments:
+def read(words: Sequence[str], own: Collection[str], folders: Sequence[str] = ("data", "weights")) -> Arguments:
     """Split the words; `run=` names a run's folder (or a name below outputs) whose config is taken.
 
-    own: names of the verb's own keys. needs_weights: whether what size=full wants below paths.weights must be there;
-    a run's has been. Raises UserError for words that are not key=value, unknown runs and whatever
-    is wrong with the config.
+    own: names of the verb's own keys. folders: of `paths`, in which what size=full wants must be there; for a run it
+    was. Raises UserError for words that are not key=value, unknown runs and whatever is wrong with the config.
     """
     values, overrides = split(words, ["run", *own])
     if "run" in values:
         folder = find_run(values.pop("run"))
         return Arguments(config.change(config.load_resolved(folder / "resolved.yaml"), overrides), folder, values)
-    folders = ("data", "weights") if needs_weights else ("data",)
     return Arguments(config.settings(overrides, folders=folders), None, values)
 
 

@@ -33,7 +33,7 @@ def main(words: Sequence[str]) -> int:
     if list(words[:1]) == ["mini"]:
         return _mini(words[1:])
     encodes = any(word.startswith("cache=") for word in words)
-    given = arguments.read(words, (*OWN, "cache"), needs_weights=encodes)
+    given = arguments.read(words, (*OWN, "cache"), folders=("data", "weights") if encodes else ("data",))
     if encodes:
         others = sorted(given.own.keys() - {"cache"})
         if others:

@@ -24,7 +24,9 @@ GIVEN = ("prompt", "image", "video", "mask", "prior", "max_side", "reference")
 
 
 def main(words: Sequence[str]) -> int:
-    given = arguments.read(words, ("step", "clips", "weights", "out", *GIVEN))
+    by_hand = any(word.partition("=")[0] in GIVEN for word in words)
+    own = ("step", "clips", "weights", "out", *GIVEN)
+    given = arguments.read(words, own, folders=("weights",) if by_hand else ("data", "weights"))
     files = {name: text for name, text in given.own.items() if name in GIVEN}
     clips = arguments.whole(given.own, "clips", 1 if files else 4)
     sample = _from_files(given.settings["data"], files) if files else None

@@ -1,0 +1,116 @@
+"""A disk that is full for a while: nothing that a run writes may end it, nor change what it learns."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests import runs
+from vireo import checkpoint
+from vireo.mini import world
+
+WORDS = ["checkpoint.every=1", "checkpoint.keep_last=2", "faults.max_consecutive_save_failures=9"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    world.ensure()
+    return runs.train(tmp_path_factory.mktemp("undisturbed"), *WORDS)
+
+
+class Flaky:
+    """A file that takes three bytes, then nothing at first."""
+
+    def __init__(self, file):
+        self.file, self.refusals = file, 3
+
+    def write(self, data):
+        if self.refusals and self.refusals < 3:
+            self.refusals -= 1
+            raise OSError(28, "No space left on device")
+        if self.refusals:
+            self.refusals -= 1
+            return self.file.write(data[:3])
+        return self.file.write(data)
+
+    def close(self):
+        self.file.close()
+
+
+def fail_everywhere():
+    """Sabotage: each place that writes fails once with ENOSPC."""
+    import safetensors.torch
+
+    from vireo import tracking, validation
+    from vireo.models.taehv import TAEHV
+
+    def once(original, when=lambda *args: True):
+        left = [1]
+
+        def full(*args, **kwargs):
+            if left and when(*args):
+                left.pop()
+                raise OSError(28, "No space left on device")
+            return original(*args, **kwargs)
+
+        return full
+
+    safetensors.torch.save_file = once(safetensors.torch.save_file)
+    Path.write_text = once(Path.write_text, lambda path, *_: path.name == "manifest.json")
+    Path.rename = once(Path.rename, lambda path, *_: path.name.startswith(".step_"))
+    checkpoint._flush = once(checkpoint._flush)
+    validation.show = once(validation.show)
+    TAEHV.export = once(TAEHV.export, lambda network, folder, state: folder.name == "best")
+    begin = tracking.MetricsFile.__init__
+
+    def flaky(self, *args):
+        begin(self, *args)
+        self.file = Flaky(self.file)
+
+    tracking.MetricsFile.__init__ = flaky
+
+
+def test_each_writer_fails_once(tmp_path, undisturbed):
+    folder = runs.make(tmp_path, WORDS)
+    assert runs.work(folder, fail_everywhere) == 0
+    log = (folder / "train.log").read_text()
+    assert log.count("the checkpoint could not be saved: OSError: [Errno 28] No space left on device") == 4
+    for told in ("metrics.jsonl: No space left", "pictures of held-out clips could not be", "export/best could not be"):
+        assert told in log
+    assert runs.metrics(folder) == runs.metrics(undisturbed)
+    assert checkpoint.latest(folder).step == 8 and not list((folder / "checkpoints").glob(".*"))
+
+
+def test_a_small_disk(tmp_path, undisturbed, capfd):
+    place = tmp_path / "mount"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("this user may not mount")
+
+    def fill_and_empty():
+        from vireo import training
+
+        checkpoint.MARGIN = -(2**40)  # it is not looked whether there is space: the writers find out
+        original, filler = training.seed_default, place / "filler"
+
+        def disturbed(seed, purpose, position):
+            if position[0] == 2 and not filler.exists():
+                with open(filler, "wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
+                    while True:
+                        file.write(bytes(4096))
+            if position[0] == 6:
+                filler.unlink(missing_ok=True)
+            original(seed, purpose, position)
+
+        training.seed_default = disturbed
+
+    try:
+        folder = runs.make(place, WORDS)
+        assert runs.work(folder, fill_and_empty) == 0, (folder / "train.log").read_text()
+        assert capfd.readouterr().out.count("the checkpoint could not be saved") == 4  # the log is on that disk too
+        assert runs.metrics(folder) == runs.metrics(undisturbed)
+        assert [checkpoint.verify(checkpoint.folder_of(folder, step)).step for step in (7, 8)] == [7, 8]
+        assert not list((folder / "checkpoints").glob(".*"))
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
