@@ -253,6 +253,7 @@ SHORT = {
 }
 ALWAYS_SHORT = ("steps", "batch_size")
 EDITS = ("experiment=ip2p_video", "experiment=ip2p_image")
+SUBJECTS = ("experiment=opens2v_wan", "experiment=opens2v_longlive")
 
 
 @pytest.fixture(scope="module")
@@ -266,13 +267,14 @@ def world(tmp_path_factory) -> Path:
     import torch
     import torchmetrics.functional.image  # noqa: F401
     from diffusers import AutoencoderKL, AutoencoderKLCogVideoX  # noqa: F401
+    from PIL import Image
     from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
     from tests.data import edits
     from vireo import report, video_io, worker  # noqa: F401
     from vireo.data import frame_edits  # noqa: F401
     from vireo.diffusion.noise_schedule import NoiseSchedule
-    from vireo.mini import world
+    from vireo.mini import subject_clips, world
     from vireo.models.taehv import TAEHV
     from vireo.models.video_ip2p import VideoEditor
 
@@ -282,6 +284,8 @@ def world(tmp_path_factory) -> Path:
         frames = torch.randint(0, 256, (3, 3, 48, 64), dtype=torch.uint8).repeat_interleave(9, dim=0)
         video_io.write_video(folder / "clips" / f"{number}.mp4", frames, fps=8)
     edits.write(folder / "edits", suffix=".jpg")
+    subject_clips.write(folder / "opens2v", num_clusters=4)
+    Image.new("RGB", (40, 30), "red").save(folder / "opens2v" / "thing.png")
     (folder / "weights").mkdir()
     for path in (world.ensure() / "weights").iterdir():
         (folder / "weights" / path.name).symlink_to(path)
@@ -295,15 +299,16 @@ def world(tmp_path_factory) -> Path:
 
 
 def in_place(text: str, world: Path) -> str:
-    """The placeholders /clips, /edits, /weights and /editor as folders that exist."""
-    return re.sub(r"(?<![\w.])/(clips|edits|weights|editor)\b", rf"{world}/\1", text)
+    """The placeholders /clips, /edits, /opens2v, /weights and /editor as folders that exist."""
+    return re.sub(r"(?<![\w.])/(clips|edits|opens2v|weights|editor)\b", rf"{world}/\1", text)
 
 
 def in_world(words: list[str], world: Path) -> list[str]:
-    """A command with folders that exist. The demonstration of edits reads the few of the world, not its hundreds."""
+    """A command with folders that exist. Demonstrations of edits and subjects read the world's few, not hundreds."""
     words = [in_place(word, world) for word in words]
-    if set(EDITS) & set(words) and not any(word.startswith("size=") for word in words):
-        words += ["size=mini", f"paths.data={world}/edits"]
+    for folder, experiments in (("edits", EDITS), ("opens2v", SUBJECTS)):
+        if set(experiments) & set(words) and not any(word.startswith("size=") for word in words):
+            words += ["size=mini", f"paths.data={world}/{folder}"]
     return words
 
 
@@ -371,7 +376,7 @@ def shortened(words: list[str]) -> list[str]:
     words = [word.partition(",")[0] if word in swept[1:] else word for word in words]
     given = {word.partition("=")[0] for word in words}
     short = {key: value for key, value in SHORT.items() if key in ALWAYS_SHORT or key not in given}
-    if set(EDITS) & set(words):
+    if {*EDITS, *SUBJECTS} & set(words):
         short["model.sampler.num_inference_steps"] = "2"
     if "debug" in given:  # says itself how many steps it needs
         del short["steps"]
