@@ -70,6 +70,5 @@ def test_every_shipped_folder_is_used_by_the_world():
     shipped = {path.name for path in world.SHIPPED.iterdir() if path.is_dir()}
     transformers = {module.SHIPPED_TRANSFORMER.name for module in (networks, wan_networks)}  # `networks` uses them
     assert shipped - transformers == {recipe.folder for recipe in RECIPES.values()}
-    assert set(world.WEIGHTS.values()) == shipped - transformers - {
-        "taehv_autoencoder"
-    }  # what the distilled one began as
+    begun_as = "taehv_autoencoder"  # the distilled one
+    assert set(world.WEIGHTS.values()) == shipped - transformers - {begun_as}

@@ -105,7 +105,8 @@ def write_generator(folder: Path) -> None:
     """A generator with causal frames and a LoRA in LongLive's layout: {"generator": …} with Wan's own names.
 
     The weights are the pipeline's: of a first group of 3 latent frames causal frames make the same, later groups are
-    more than they were trained for. The LoRA, of one layer in each block, changes nothing, so that merging it does no harm.
+    more than they were trained for. The LoRA, of one layer in each block, changes nothing, so that merging it does no
+    harm.
     """
     import torch
 
