@@ -17,10 +17,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 SUBJECTS = [
     "experiment=opens2v_wan",
-    "steps=1000",
-    "validation.every=250",
+    "steps=600",
+    "validation.every=300",
     "validation.clips=32",
-    "checkpoint.every=500",
+    "checkpoint.every=300",
     "loader.workers=0",
 ]
 CASES = {
