@@ -1,7 +1,10 @@
-"""python benchmarks/opens2v.py [--entries 100000]
+"""python benchmarks/opens2v.py [--entries 100000] [--pairs 30]
 
 What an annotation file of OpenS2V-5M costs: a file of that many entries of about 5 kB is generated (half a gigabyte);
 then a fresh process makes its index, and another one looks entries up. A CPU-sized run: add --entries 5000.
+
+Then what vireo's loop costs on the mini world: a step of opens2v_wan with cached encodings against one of a bare loop
+on tensors in memory, alternating in this process. Loading happens in it too, so that CPU time counts it.
 """
 
 import argparse
@@ -11,7 +14,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ip2p import STEPS, Loop
+from paired import paired, verdict
+from vireo import cache_filling, config, distributed, objects
+from vireo.cache import Cache
+from vireo.data.stream import Stream
+from vireo.mini import world
 
 MIB = 2**20
 LOOKUPS = 10_000
@@ -79,10 +94,56 @@ def measure(root: Path) -> list[float]:
     return json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout)
 
 
+def bare(settings: dict[str, Any], rows: list[dict[str, Any]]) -> Callable[[], None]:
+    """The same step in a bare loop: encodings stacked in memory, torch's own randomness, no vote, no guard."""
+    network, policy = objects.network(settings), objects.freeze_policy(settings)
+    policy(network)
+    groups = [{**group, "params": [p for _, p in group["params"]]} for group in policy.groups(network, settings["lr"])]
+    learning = [parameter for group in groups for parameter in group["params"]]
+    optimizer = torch.optim.AdamW(groups, lr=settings["lr"], weight_decay=0.0, fused=True)
+    names = ("video_latents", "prompt_embeds", "clip_embeds", "reference_latents_raw", "reference_mask")
+    held = {name: torch.stack([row[name] for row in rows]) for name in names}
+    sigmas = 5 * torch.linspace(1, 1e-3, 1000) / (1 + 4 * torch.linspace(1, 1e-3, 1000))
+
+    def run() -> None:
+        for _ in range(STEPS):
+            which = torch.randint(len(rows), (settings["batch_size"],))
+            clean, text, clip, latents, mask = (held[name][which] for name in names)
+            sigma, noise = sigmas[torch.randint(20, 980, (len(which),))], torch.randn_like(clean)
+            level = sigma.view(-1, 1, 1, 1, 1)
+            noisy = (1 - level) * clean + level * noise
+            prediction = network(noisy, 1000 * sigma, text, clip, latents.transpose(1, 2), mask)
+            F.mse_loss(prediction, noise - clean).backward()
+            torch.nn.utils.clip_grad_norm_(learning, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return run
+
+
+def steps(pairs: int) -> None:
+    world.ensure()
+    settings = config.settings(["experiment=opens2v_wan", "tracker=none", "loader.workers=0"])
+    dataset, encoder = objects.dataset(settings, "train"), objects.encoder(settings)
+    with tempfile.TemporaryDirectory() as folder:
+        cache = Cache.of(encoder, Path(folder))
+        batch_size = settings["cache"]["batch_size"]
+        cache_filling.fill(cache, {"train": dataset}, encoder, "benchmark", batch_size=batch_size)
+        cached = Loop(settings, dataset, encoder, cache)
+        for _ in range(len(dataset) // (STEPS * settings["batch_size"]) + 1):
+            cached()  # an epoch, after which entries are in memory
+        rows = Stream(dataset, 0, cache=cache).samples([(position, 0) for position in range(len(dataset))])
+        ratio = paired(cached, bare(settings, rows), pairs)
+        print(f"step / bare loop on tensors in memory   {ratio}   {verdict(ratio, 1.03)}")
+    distributed.close()
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--entries", type=int, default=100_000)
-    count = arguments.parse_args().entries
+    arguments.add_argument("--pairs", type=int, default=30, help="of timed steps; 0 leaves them out")
+    asked = arguments.parse_args()
+    count = asked.entries
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         size = write(Path(folder), count)
@@ -98,6 +159,8 @@ def main() -> None:
     measured = dict(zip(BOUNDS, (wall, added / MIB, 1000 * by_number), strict=True))
     for what, bound in BOUNDS.items():
         print(f"{what}: {measured[what]:.3g}, at most {bound:g}: {'held' if measured[what] <= bound else 'MISSED'}")
+    if asked.pairs:
+        steps(asked.pairs)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from typing import NamedTuple
 TINY_TAEHV = ["model.network.weights=null", "++model.network.encoder_width=8", "++model.network.num_memblocks=1"]
 TINY_TAEHV += ["++model.network.decoder_widths=[8,8,8,8]", "height=32", "width=32"]
 TINY_ERASER = ["height=32", "width=32", "num_frames=3", "model.sampler.num_inference_steps=2"]
-TINY_WAN = ["cache=off", "model.sampler.num_inference_steps=2"]
+TINY_WAN = ["height=32", "width=32", "cache=off", "model.sampler.num_inference_steps=2"]
 TINY_COGVIDEOX = ["cache=off", "model.sampler.num_inference_steps=2"]
 TINY_IP2P = ["height=32", "width=32", "cache=off", "model.sampler.num_inference_steps=2"]
 

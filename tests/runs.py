@@ -13,11 +13,7 @@ import torch._dynamo  # which torch's optimizers import
 import torchmetrics.functional.image  # noqa: F401
 
 from tests.sabotage import die_at  # noqa: F401
-<<<<<<< HEAD
-from vireo import config, orphans, worker
-=======
-from vireo import checkpoint, config, faults, worker
->>>>>>> refs/heads/cog2
+from vireo import checkpoint, config, orphans, worker
 from vireo.console import set_up_logging
 
 # The TAEHV recipe on the mini world with a network of a few thousand parameters.

@@ -272,6 +272,7 @@ ALWAYS_SHORT = ("steps", "batch_size")
 EDITS = ("experiment=ip2p_video", "experiment=ip2p_image")
 INPAINTING = ("experiment=diffueraser", "experiment=diffueraser_stage1")
 CAPTIONED = ("experiment=cogvideox_t2v_lora",)
+SUBJECTS = ("experiment=opens2v_wan", "experiment=opens2v_longlive")
 
 
 @pytest.fixture(scope="module")
@@ -286,6 +287,7 @@ def world(tmp_path_factory) -> Path:
     import torch
     import torchmetrics.functional.image  # noqa: F401
     from diffusers import AutoencoderKL, AutoencoderKLCogVideoX  # noqa: F401
+    from PIL import Image
     from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
     from tests.data import captions, edits
@@ -293,7 +295,7 @@ def world(tmp_path_factory) -> Path:
     from vireo.data import frame_edits  # noqa: F401
     from vireo.diffusion.noise_schedule import NoiseSchedule
     from vireo.lora import LoRA
-    from vireo.mini import world
+    from vireo.mini import subject_clips, world
     from vireo.models.cogvideox import CogVideoX
     from vireo.models.taehv import TAEHV
     from vireo.models.video_ip2p import VideoEditor
@@ -307,6 +309,8 @@ def world(tmp_path_factory) -> Path:
     for part in ("captioned", "captioned/validation"):
         captions.write(folder / part, [9, 9])
     (folder / "videos").symlink_to(world.ensure() / "data")
+    subject_clips.write(folder / "opens2v", num_clusters=4)
+    Image.new("RGB", (40, 30), "red").save(folder / "opens2v" / "thing.png")
     (folder / "weights").mkdir()
     for path in (world.ensure() / "weights").iterdir():
         (folder / "weights" / path.name).symlink_to(path)
@@ -333,6 +337,16 @@ def in_world(words: list[str], world: Path) -> list[str]:
     for experiments, data in ((EDITS, "edits"), (CAPTIONED, "captioned")):
         if set(experiments) & set(words) and not any(word.startswith("size=") for word in words):
             words += ["size=mini", f"paths.data={world}/{data}"]
+    """The placeholders /clips, /edits, /opens2v, /weights and /editor as folders that exist."""
+    return re.sub(r"(?<![\w.])/(clips|edits|opens2v|weights|editor)\b", rf"{world}/\1", text)
+
+
+def in_world(words: list[str], world: Path) -> list[str]:
+    """A command with folders that exist. Demonstrations of edits and subjects read the world's few, not hundreds."""
+    words = [in_place(word, world) for word in words]
+    for folder, experiments in (("edits", EDITS), ("opens2v", SUBJECTS)):
+        if set(experiments) & set(words) and not any(word.startswith("size=") for word in words):
+            words += ["size=mini", f"paths.data={world}/{folder}"]
     return words
 
 
@@ -400,7 +414,7 @@ def shortened(words: list[str]) -> list[str]:
     words = [word.partition(",")[0] if word in swept[1:] else word for word in words]
     given = {word.partition("=")[0] for word in words}
     short = {key: value for key, value in SHORT.items() if key in ALWAYS_SHORT or key not in given}
-    if {*EDITS, *INPAINTING, *CAPTIONED} & set(words):
+    if {*EDITS, *INPAINTING, *CAPTIONED, *SUBJECTS} & set(words):
         short["model.sampler.num_inference_steps"] = "2"
     if "debug" in given:  # says itself how many steps it needs
         del short["steps"]

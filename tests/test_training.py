@@ -1,4 +1,6 @@
+import functools
 import itertools
+import math
 import os
 from pathlib import Path
 
@@ -104,6 +106,21 @@ def test_the_rate_follows_the_schedule():
     figures = run(steps=5, schedule=Cosine(2))[2]
     rates = [figures[step]["lr"] for step in range(1, 6)]
     assert rates[0] == pytest.approx(0.005) and rates[1] == pytest.approx(0.01) and rates[-1] == pytest.approx(0)
+
+
+def test_the_base_rate_is_told_and_each_groups_gradient(monkeypatch):
+    groups = {"first": {"match": "first", "lr_scale": 100.0}}
+    monkeypatch.setattr(FreezePolicy, "__init__", functools.partialmethod(FreezePolicy.__init__, groups=groups))
+    figures = run(steps=2, lr=0.01)[2][1]
+    assert figures["lr"] == pytest.approx(0.01)
+    norms = figures["grad_norm_first"], figures["grad_norm_default"]
+    assert min(norms) > 0 and figures["grad_norm"] == pytest.approx(math.hypot(*norms))
+
+
+def test_a_network_adds_figures_of_its_own(monkeypatch):
+    monkeypatch.setattr(ToyNetwork, "figures", lambda self: {"gate": self.first.bias.detach().abs().sum()})
+    figures = run(steps=2)[2]
+    assert figures[1]["gate"] > 0 and "grad_norm_default" not in figures[1]
 
 
 def test_a_step_without_a_finite_gradient_moves_nothing():

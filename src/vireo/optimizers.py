@@ -108,6 +108,14 @@ def guarded_step(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
         optimizer.step()
 
 
+def parameter_names(optimizer: torch.optim.Optimizer) -> dict[str, list[str]]:
+    """The parameters of each of a freeze policy's groups, which an optimizer may have split."""
+    names: dict[str, list[str]] = {}
+    for group in optimizer.param_groups:
+        names.setdefault(group["name"], []).extend(group["param_names"])
+    return names
+
+
 def moment_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes on the device that the optimizer's moments take once it has made a step; known before the first one."""
 

@@ -78,6 +78,7 @@ def train(
     """
     rank, device = distributed.rank(), strategy.device
     base_rates = [group["lr"] for group in optimizer.param_groups]
+    several_groups = len({group["name"] for group in optimizer.param_groups}) > 1
     verdicts = Verdicts(max_consecutive_skips, progress.skipped, record)
     spikes = faults.LossSpikes(max_loss_rise, progress.usual_loss)
     room = faults.Room()
@@ -124,6 +125,10 @@ def train(
                 for name, value in {"loss": objective.total, **objective.metrics}.items():
                     figures[name] = figures.get(name, 0) + value.detach() / parts
 
+        stopping = bool(flags & faults.STOP)
+        last = step + 1 == steps or stopping
+        logged = last or (step + 1) % log_every == 0
+        by_group = strategy.group_norms() if logged and several_groups else {}
         norm = strategy.step(max_grad_norm)
         average.update(step, torch.isfinite(norm))
         figures |= loss.end_step()
@@ -131,15 +136,14 @@ def train(
 
         stopwatch.steps += 1
         seen = progress.position + batch_size * accumulation * distributed.world_size()
-        stopping = bool(flags & faults.STOP)
-        last = step + 1 == steps or stopping
-        logged = last or (step + 1) % log_every == 0
         # The host reads each verdict one step late, so it never waits for the step it has just queued; where looking
         # is free, or done anyway, a checkpoint knows its own step's verdict too.
         verdicts.add(step, norm, figures, samples, at_once=logged or device.type == "cpu")
         if logged:
-            means = distributed.average({name: float(value) for name, value in figures.items()})
-            state = {"grad_norm": float(norm), "lr": optimizer.param_groups[0]["lr"]}
+            everything = {**figures, **strategy.network.figures()}
+            means = distributed.average({name: float(value) for name, value in everything.items()})
+            state = {"grad_norm": float(norm), "lr": optimizer.defaults["lr"] * rate}
+            state |= {f"grad_norm_{group}": float(value) for group, value in by_group.items()}
             counts = {"skipped_steps": verdicts.skipped, "bad_files": len(bad_files), "memory_retries": room.retries}
             report(step + 1, {**means, **state, **counts, **stopwatch.lap()})
         progress = Progress(step + 1, seen, verdicts.skipped, spikes.usual)

@@ -1,4 +1,4 @@
-"""What is shipped of a run of the CogVideoX recipe is small and loads."""
+"""What is shipped of a recipe's run is small and loads."""
 
 import json
 
@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from vireo.errors import UserError
-from vireo.mini import networks, ship_transformer
+from vireo.mini import networks, ship_transformer, wan_networks
+from vireo.models.wan_references import WanReferences
 
 
 def test_a_finished_run_is_shipped_in_half_precision(tmp_path):
@@ -26,8 +27,21 @@ def test_a_finished_run_is_shipped_in_half_precision(tmp_path):
     assert sum(p.numel() for p in loaded.parameters()) == figures["parameters"]
 
 
-@pytest.mark.skipif(not networks.SHIPPED_TRANSFORMER.is_dir(), reason="no transformer is shipped yet")
-def test_the_shipped_one_is_small():
-    files = list(networks.SHIPPED_TRANSFORMER.iterdir())
+def test_of_a_wan_with_references_the_base_is_shipped(tmp_path):
+    wan_networks.write_pipeline(tmp_path / "wan")
+    made = WanReferences(str(tmp_path / "wan"), clip_dim=32)
+    run, shipped = tmp_path / "run", tmp_path / "shipped"
+    made.export(run / "export", made.state_dict())
+    (run / "finished").write_text(json.dumps({"step": 3, "figures": {}}))
+    ship_transformer.ship(run, shipped)
+    loaded, report = diffusers.WanTransformer3DModel.from_pretrained(shipped, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    for name, value in loaded.state_dict().items():
+        torch.testing.assert_close(value.float(), made.transformer.state_dict()[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("module", [networks, wan_networks])
+def test_the_shipped_ones_are_small(module):
+    files = list(module.SHIPPED_TRANSFORMER.iterdir())
     assert {path.name for path in files} == {"config.json", "figures.json", "diffusion_pytorch_model.safetensors"}
     assert sum(path.stat().st_size for path in files) < 1_000_000

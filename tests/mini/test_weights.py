@@ -6,8 +6,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from vireo.mini import networks, wan_networks, world  # noqa: E402
 from vireo.mini import train_autoencoders as training  # noqa: E402
-from vireo.mini import world  # noqa: E402
 from vireo.mini.autoencoders import RECIPES  # noqa: E402
 
 # dB on clips that were never trained on
@@ -68,7 +68,7 @@ def test_scaled_latents_have_about_unit_variance(name):
 
 def test_every_shipped_folder_is_used_by_the_world():
     shipped = {path.name for path in world.SHIPPED.iterdir() if path.is_dir()}
-    transformers = {folder for folder in shipped if folder.endswith(("_transformer", "_transformer_causal"))}
+    transformers = {module.SHIPPED_TRANSFORMER.name for module in (networks, wan_networks)}  # `networks` uses them
     assert shipped - transformers == {recipe.folder for recipe in RECIPES.values()}
-    # Transformers are put together with random parts by mini/networks.py; the last one is what the distilled began as.
-    assert set(world.WEIGHTS.values()) == shipped - transformers - {"taehv_autoencoder"}
+    begun_as = "taehv_autoencoder"  # the distilled one
+    assert set(world.WEIGHTS.values()) == shipped - transformers - {begun_as}

@@ -128,6 +128,14 @@ def test_identities(weights, encoder):
         encoder.identity("latents")
 
 
+def test_texts_have_one_length(weights, encoder):
+    short = make(weights, max_sequence_length=9)
+    found = short.encode("prompt_embeds", ["a small thing moves up on sand"])
+    assert found.shape == (1, 9, 32) and not found[:, 8:].any()
+    torch.testing.assert_close(found, encoder.encode("prompt_embeds", ["a small thing moves up on sand"])[:, :9])
+    assert short.identity("prompt_embeds") != encoder.identity("prompt_embeds")
+
+
 def test_lengths_and_sizes_that_the_vae_would_cut_are_refused(encoder):
     with pytest.raises(UserError, match="8x64x64 .* one frame more than a multiple of 4"):
         encoder.encode("video_latents", pictures(1, 8, 3, 64, 64))
@@ -161,3 +169,5 @@ def test_a_network_for_other_image_tokens_is_refused(encoder):
     network["clip_proj"]["proj"] = torch.nn.Sequential(torch.nn.LayerNorm(1280))
     with pytest.raises(UserError, match="width 32, model.network.clip_dim is 1280"):
         encoder.check_network(network, found)
+    del found["reference_clip"]  # texts alone suit any
+    encoder.check_network(network, found)

@@ -15,7 +15,14 @@ from vireo.errors import UserError
 from vireo.freezing import FreezePolicy
 from vireo.lora import LoRA
 from vireo.models.wan_attention import Context, DualCrossAttention, KeyValueCache, add_modules
-from vireo.models.wan_references import Projection, WanReferences, add_references, initialize, is_new
+from vireo.models.wan_references import (
+    Projection,
+    WanReferences,
+    add_references,
+    grid_positions,
+    initialize,
+    is_new,
+)
 
 BASE, DUAL = golden("wan_base"), golden("wan_dual")
 T_BATCH = torch.tensor(BASE[0]["inputs"]["t_batch"])
@@ -173,9 +180,16 @@ class TestFreezePolicies:
         made = network(folder)
         new = {name for name, _ in made.named_parameters() if is_new(name.removeprefix("transformer."))}
         assert self.trained(made, "new_modules") == new
-        gate, others = self.policy("new_modules").groups(made, 1e-4)
+        gate, *others = self.policy("new_modules").groups(made, 1e-4)
         assert [name for name, _ in gate["params"]] == [f"transformer.blocks.{n}.attn2.clip_gate" for n in range(2)]
-        assert gate["lr"] == pytest.approx(1e-2) and others["lr"] == 1e-4
+        assert gate["lr"] == pytest.approx(1e-2) and all(group["lr"] == 1e-4 for group in others)
+        assert [group["name"] for group in others] == ["clip_proj", "vae_proj", "k_vae", "v_vae"]
+
+    def test_what_scales_positions_learns_as_fast_as_gates(self, folder):
+        made = network(folder, vae_pos_embed=True)
+        assert "vae_proj.position_scale" in self.trained(made, "new_modules")
+        gate, *_ = self.policy("new_modules").groups(made, 1e-4)
+        assert "vae_proj.position_scale" in [name for name, _ in gate["params"]]
 
     def test_the_fused_path_learns_as_well(self, folder):
         made = network(folder)
@@ -188,6 +202,57 @@ class TestFreezePolicies:
         LoRA(rank=2, alpha=2)(made)
         more = self.trained(made, "new_modules_adapter") - self.trained(made, "new_modules")
         assert len(more) == 2 * 2 * 4 * 2 and all(".lora_" in name for name in more)
+
+
+class TestPositions:
+    def test_they_differ_everywhere_and_depend_on_one_axis_each(self):
+        grid = grid_positions(3, 5, 16)
+        assert grid.shape == (3, 5, 16) and len(grid.flatten(0, 1).unique(dim=0)) == 15
+        assert torch.equal(grid[:, :1, :8].expand(3, 5, 8), grid[..., :8])  # rows
+        assert torch.equal(grid[:1, :, 8:].expand(3, 5, 8), grid[..., 8:])  # columns
+        torch.testing.assert_close(grid[2, 4, [0, 4, 8, 12]], torch.tensor([2.0, 2, 4, 4]).sin().where(
+            torch.tensor([True, False, True, False]), torch.tensor([2.0, 2, 4, 4]).cos()))  # fmt: skip
+
+    @torch.no_grad()
+    def test_places_count_once_their_scale_is_not_zero(self, folder, full):
+        made, given = network(folder, vae_pos_embed=True), inputs()
+        made.load_state_dict(full.state_dict(), strict=False)
+        moved = given | {"reference_latents": given["reference_latents"].roll(1, dims=-1)}
+        plain, rolled = (made(timesteps=T_BATCH, **some) for some in (given, moved))
+        assert torch.equal(plain, full(timesteps=T_BATCH, **given))
+        close(rolled, plain, 1e-5)  # a bag of tokens
+        made.vae_proj.position_scale.fill_(1.0)
+        plain, rolled = (made(timesteps=T_BATCH, **some) for some in (given, moved))
+        assert (rolled - plain).abs().max() > 1e-3
+
+    def test_their_scale_learns_and_is_exported(self, folder, tmp_path):
+        made = wan.filled(network(folder, vae_pos_embed=True))
+        made(timesteps=T_BATCH, **inputs()).square().mean().backward()
+        assert made.vae_proj.position_scale.grad.abs() > 0
+        made.vae_proj.position_scale.data.fill_(0.5)
+        made.export(tmp_path, made.state_dict())
+        again = network(folder, vae_pos_embed=True)
+        again.load(tmp_path)
+        assert again.vae_proj.position_scale == 0.5
+        with pytest.raises(UserError, match="position_scale"):
+            network(folder).load(tmp_path)
+
+
+class TestFigures:
+    def test_they_are_those_of_the_last_forward_in_training(self, folder, full):
+        made = network(folder)
+        assert made.figures() == {}
+        made(timesteps=T_BATCH, **inputs())
+        assert {name: float(value) for name, value in made.figures().items()} == {"clip_gate": 0, "vae_over_fused": 0}
+        made.load_state_dict(full.state_dict())
+        made(timesteps=T_BATCH, **inputs())
+        figures = made.figures()
+        assert figures["clip_gate"] == 1 and figures["vae_over_fused"] > 0
+        made.eval()(timesteps=T_BATCH, reference_scale=0.0, **inputs())
+        assert made.figures() == figures
+        made.train()(timesteps=T_BATCH, reference_scale=0.5, **inputs())
+        assert not any(value.requires_grad for value in made.figures().values())
+        assert 0 < made.figures()["vae_over_fused"] < figures["vae_over_fused"]
 
 
 class TestSize:

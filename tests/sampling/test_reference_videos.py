@@ -111,6 +111,17 @@ class TestAllAtOnce:
         assert {value.shape for value in figures.values()} == {(2,)}
         assert {"reference_gain", "colour_distance", "target/colour_distance"} <= figures.keys()
 
+    def test_without_references_it_is_text_to_video(self):
+        given = {name: value for name, value in batch().items() if "reference" not in name}
+        sampler = ReferenceSampler(FlowSchedule(), ["prompt_embeds"], **SIZE, **EULER, num_inference_steps=2)
+
+        def network(noisy, timesteps, prompt_embeds, reference_scale):
+            return torch.zeros_like(noisy)
+
+        columns = sampler(network, Encoder(), given, Draws("sampling", range(2)))
+        assert set(columns) == {"target", "prediction", "vae"}
+        assert sampler.baselines(given) == {} and sampler.measure(network, Encoder(), given, columns) == {}
+
     def test_without_a_truth(self):
         sampler = ReferenceSampler(FlowSchedule(), INPUTS, **SIZE, num_inference_steps=2)
         data = {name: value for name, value in batch().items() if name not in ("latents", "frames")}

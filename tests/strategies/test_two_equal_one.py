@@ -156,6 +156,16 @@ def test_losses_are_those_of_one_process(spread, alone):
         assert len(losses(spread[recipe])) == 4
 
 
+def test_norms_of_groups_are_those_of_one_process(spread, alone):
+    for recipe in spread.keys() & RECIPES.keys():
+        here, there = (
+            [row for row in runs.metrics(folder) if "loss" in row] for folder in (spread[recipe], alone(recipe))
+        )
+        for name in (name for name in here[0] if name.startswith("grad_norm_")):
+            found, wanted = ([row[name] for row in rows] for rows in (here, there))
+            assert found == pytest.approx(wanted, rel=RECIPES[recipe].tolerance), f"{recipe}: {name}"
+
+
 def test_half_precision_is_that_of_one_process(spread, alone):
     if "bf16" in spread:
         torch.testing.assert_close(losses(spread["bf16"]), losses(alone("bf16")), rtol=2e-2, atol=0)

@@ -38,6 +38,12 @@ def test_one_sample_has_several_versions():
     assert len(given) == 3 and given.sample(2, Draws(0, [2])) == {"prompt": "a dog"} and given.sources(0) == {}
 
 
+def test_a_name_is_for_one_video_that_is_made_by_hand(capsys):
+    for words in (["name=a"], ["name=a", "prompt=b", "clips=2"]):
+        assert run_verb("sample", ["experiment=cogvideox_t2v_lora", *words]) != 0
+        assert "name=<id> is for one video" in capsys.readouterr().err
+
+
 @pytest.mark.full
 def test_videos_of_a_prompt_and_a_picture(picture, tmp_path, capsys):
     world.ensure()
@@ -48,6 +54,8 @@ def test_videos_of_a_prompt_and_a_picture(picture, tmp_path, capsys):
     assert [video.name for video in videos] == ["clip_000.mp4", "clip_001.mp4"]
     assert videos[0].read_bytes() != videos[1].read_bytes(), "each version has noise of its own"
     assert "a small red square" in capsys.readouterr().out
+    assert run_verb("sample", [*words, "name=first", f"out={tmp_path / 'named'}"]) == 0
+    assert [path.name for path in (tmp_path / "named").iterdir()] == ["first.mp4"]
     assert run_verb("sample", words[:2]) != 0
     assert "image=<file> for vireo sample" in capsys.readouterr().err
 

@@ -17,7 +17,7 @@ from vireo.data.clip_sampling import Pad, fill_up, num_timed, strided_clip, time
 from vireo.data.held_out import held_out_names
 from vireo.data.listing import shortened
 from vireo.data.scan import scan
-from vireo.data.source import ChangedError, Source, check_content, content_digest, identify
+from vireo.data.source import Source, check_content, content_digest, identify
 from vireo.data.transforms import RESAMPLER, Resize, filled_box, padded_size, resize
 from vireo.errors import UserError
 from vireo.randomness import Draws
@@ -338,32 +338,21 @@ class CaptionedClips:
         assert clip.video is not None and clip.info is not None
         _, height, width = clip.bucket
         with VideoReader(clip.video, clip.info.decoder) as video:
-<<<<<<< HEAD
             video.expect(clip.info.num_frames)
-            return resize(video.get(indices), height, width, self.resize).contiguous()
-=======
-            if max(indices) >= len(video):
-                known = f"it has {len(video)} frames now, {clip.info.num_frames} when it was looked at"
-                raise ChangedError(clip.video, known)
             frames = video.get(indices)
         check_content(identity, clip.video)
         return resize(frames, height, width, self.resize).contiguous()
->>>>>>> refs/heads/cog2
 
     # ------------------------------------------------------------------ what there is
 
     def _read(self, folder: Path, number: int, prefix: str) -> list[Clip]:
         """The clips of one folder. Raises UserError with all that is wrong with it."""
         wanted = ["prompts", "videos", *(["images"] if self.image == "listed" else [])]
-<<<<<<< HEAD
         names = {kind: self.names[kind] for kind in wanted}
         lists = caption_lists.read(folder, names, self.empty_captions, self.allow_outside_root)
-=======
-        lists = caption_lists.read(folder, {kind: self.names[kind] for kind in wanted}, self.empty_captions)
         if self.split == "validation" and self.image == "first_frame" and "videos" not in lists.files:
             self.image = "listed"
             return self._read(folder, number, prefix)
->>>>>>> refs/heads/cog2
         files, problems = lists.files, list(lists.problems)
         videos, images = files.get("videos"), files.get("images")
         if videos is None and self.split == "train":

@@ -173,7 +173,7 @@ class SubjectClips:
             "parts": [f"{part.name}: {len(part.entries)} entries, {part.videos}" for part in self.parts],
             "clips": len(self),
             "frames": f"{self.num_frames} of {self.height}x{self.width}, "
-            + (f"{self.target_fps:g} a second" if self.target_fps else f"every {self.sample_stride}. of the video"),
+            + (f"{self.target_fps:g} a second" if self.target_fps else f"one in {self.sample_stride} of the video's"),
             "references": f"up to {self.max_subjects}, {self.selection}, {self.filters}",
             f"subjects ({len(some)})": [f"{what}: {count} clips" for what, count in counts.most_common()],
             "left_out": self._problems(),

@@ -1,8 +1,15 @@
-"""The small CogVideoX transformer that is shipped: trained by the recipe itself, kept in half precision.
+"""The small transformers that are shipped: trained by the recipes themselves, kept in half precision.
 
     python train.py experiment=cogvideox_t2v_sft run=shipped steps=4000 lr=3e-3 schedule=cosine warmup_steps=100 \\
         ema.decay=0.999 loss.condition_dropout=0.1
-    python -m vireo.mini.ship_transformer outputs/cogvideox_t2v_sft/shipped
+    python -m vireo.mini.ship_transformer outputs/cogvideox_t2v_sft/shipped cogvideox_transformer
+
+    python train.py experiment=opens2v_wan data=captioned_clips freeze-policy=all model.inputs=[prompt_embeds] \\
+        loss.image_inputs=[] loss.timestep_range=[0,1000] loss.condition_dropout=0.1 validation.metric=loss \\
+        validation.higher_is_better=false schedule=cosine warmup_steps=100 ema.decay=0.999 \
+        run=shipped steps=3000 lr=3e-3
+    the same with run=shipped2 init_from=outputs/opens2v_wan/shipped steps=5000 lr=2e-3
+    python -m vireo.mini.ship_transformer outputs/opens2v_wan/shipped2 wan_transformer
 
 Before the first time there is no such file, and the world's transformers are random. Trained again, one goes on from
 the shipped weights: delete their folder first.
@@ -11,25 +18,25 @@ the shipped weights: delete their folder first.
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from vireo.errors import UserError
-from vireo.mini.networks import SHIPPED_TRANSFORMER
 
+WEIGHTS = Path(__file__).parent / "weights"
 FILE = "diffusion_pytorch_model.safetensors"
 
 
-def ship(run: Path, folder: Path = SHIPPED_TRANSFORMER) -> None:
+def ship(run: Path, folder: Path) -> None:
     """Write the export of a finished run into `folder`, with its figures. Raises UserError if it is not finished."""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     if not (run / "finished").is_file():
         raise UserError(f"{run} is no finished run")
-    exported = run / "export" / "transformer"
-    weights = {name: value.half() for name, value in load_file(exported / FILE).items()}
+    state, config = _transformer(run / "export")
+    weights = {name: value.half() for name, value in state.items()}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / FILE, metadata={"format": "pt"})
     (folder / FILE).chmod(0o644)  # safetensors makes them private
-    config = json.loads((exported / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     finished = json.loads((run / "finished").read_text(encoding="utf-8"))
     figures = {
@@ -41,5 +48,20 @@ def ship(run: Path, folder: Path = SHIPPED_TRANSFORMER) -> None:
     (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
+def _transformer(exported: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Weights and config of an exported transformer; of a Wan with references, what is not the references'."""
+    from safetensors.torch import load_file
+
+    if (exported / "transformer").is_dir():
+        config = json.loads((exported / "transformer" / "config.json").read_text(encoding="utf-8"))
+        config.pop("_name_or_path", None)  # a folder of this machine
+        return load_file(exported / "transformer" / FILE), config
+    from vireo.mini.wan_networks import TRANSFORMER
+    from vireo.models.wan_references import ADAPTER, is_new
+
+    state = {name: value for name, value in load_file(exported / ADAPTER).items() if not is_new(name)}
+    return state, {"_class_name": "WanTransformer3DModel", **TRANSFORMER}
+
+
 if __name__ == "__main__":
-    ship(Path(sys.argv[1]))
+    ship(Path(sys.argv[1]), WEIGHTS / sys.argv[2])

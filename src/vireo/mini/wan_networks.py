@@ -1,8 +1,8 @@
 """Small networks of Wan with references in the places of the real ones; `vireo.mini.networks` writes them.
 
 Positions, channels and layers are of the real ones' kinds; widths, depths and the pictures of the vision tower are
-small. Text encoder and vision tower are random and stay so: what they give differs for different texts and pictures,
-which is all that is asked of them here.
+small. The transformer is trained and shipped (`ship_transformer`). Text encoder and vision tower are random and stay
+so: what they give differs for different texts and pictures, which is all that is asked of them here.
 """
 
 import json
@@ -80,7 +80,6 @@ PIPELINE = {
     "vae": ["diffusers", "AutoencoderKLWan"],
 }
 SHIPPED_TRANSFORMER = Path(__file__).parent / "weights" / "wan_transformer"
-SHIPPED_CAUSAL = Path(__file__).parent / "weights" / "wan_transformer_causal"
 
 
 def write(weights: Path) -> None:
@@ -105,13 +104,15 @@ def write_pipeline(folder: Path) -> None:
 def write_generator(folder: Path) -> None:
     """A generator with causal frames and a LoRA in LongLive's layout: {"generator": …} with Wan's own names.
 
-    The LoRA, of one layer in each block, changes nothing, so that merging it does no harm.
+    The weights are the pipeline's: of a first group of 3 latent frames causal frames make the same, later groups are
+    more than they were trained for. The LoRA, of one layer in each block, changes nothing, so that merging it does no
+    harm.
     """
     import torch
 
     from vireo.models.wan_weights import to_published
 
-    network = made("diffusers", "WanTransformer3DModel", TRANSFORMER, SHIPPED_CAUSAL)
+    network = made("diffusers", "WanTransformer3DModel", TRANSFORMER, SHIPPED_TRANSFORMER)
     state = {f"model.{to_published(name).replace('_fused', '')}": value for name, value in network.state_dict().items()}
     lora: dict[str, torch.Tensor] = {}
     for name, weight in state.items():

@@ -25,6 +25,13 @@ class Network(nn.Module):
         """Modules whose parts are called one by one, their own forward never: sharding has to gather the parts."""
         return ()
 
+    def figures(self) -> Mapping[str, Tensor]:
+        """Detached scalars that are worth logging beside the loss's, of the last forward in training; by default none.
+
+        They are read at logged steps only, and have the same names on all ranks.
+        """
+        return {}
+
     @abstractmethod
     def export(self, folder: Path, state: Mapping[str, Tensor]) -> list[Path]:
         """Write the full, unsharded `state` into `folder` in the ecosystem's format; returns the files or folders."""

@@ -24,7 +24,6 @@ from vireo.pixels import to_pixels
 from vireo.randomness import Draws
 
 VIDEO, REFERENCES, CLIP = "video_latents", "reference_latents_raw", "clip_embeds"
-MAX_LENGTH = 512  # tokens of every text; those behind its end are zeros, which the network sees
 PROCESSOR = "preprocessor_config.json"
 
 
@@ -35,11 +34,13 @@ class ReferenceEncoder(Encoder):
         tokenizer's default is the pipeline's of the text encoder.
     image_processor: folder of the vision tower's preprocessor_config.json, by default the image_processor/ beside it.
     text_dtype: what UMT5 computes in, whose output is float32 in any case; VAE and vision tower are float32 always.
+    max_sequence_length: tokens of every text, L; those behind its end are zeros, which the network sees, so it is what
+        the weights were trained with: Wan's are 512.
     vae_batch: clips, or references, that the VAE sees at a time; more takes more memory, with the same result.
 
     Cached outputs, all float32: video_latents (B, 16, t, h, w) and reference_latents_raw (B, R, 16, h, w), the mean of
     the VAE's posterior, less latents_mean and divided by latents_std of its config, which is the scale that the network
-    sees; clip_embeds (B, R, N, width), the last hidden states but one; (null_)prompt_embeds (B, 512, D).
+    sees; clip_embeds (B, R, N, width), the last hidden states but one; (null_)prompt_embeds (B, L, D).
     Networks are loaded when they are first needed. Raises UserError for folders that do not suit.
     """
 
@@ -53,14 +54,15 @@ class ReferenceEncoder(Encoder):
         image_processor: str | None = None,
         tokenizer: str | None = None,
         text_dtype: Literal["fp32", "bf16", "fp16"] = "bf16",
+        max_sequence_length: int = 512,
         vae_batch: int = 1,
     ) -> None:
-        if text_dtype not in DTYPES or vae_batch < 1:
+        if text_dtype not in DTYPES or min(max_sequence_length, vae_batch) < 1:
             raise UserError(
-                f"model.encoder.text_dtype is one of {', '.join(DTYPES)}, vae_batch at least 1; got {text_dtype} and "
-                f"{vae_batch}."
+                f"model.encoder.text_dtype is one of {', '.join(DTYPES)}, max_sequence_length and vae_batch are at "
+                f"least 1; got {text_dtype}, {max_sequence_length} and {vae_batch}."
             )
-        self.text_dtype, self.vae_batch = text_dtype, vae_batch
+        self.text_dtype, self.max_sequence_length, self.vae_batch = text_dtype, max_sequence_length, vae_batch
         self.outputs = {VIDEO: "frames", REFERENCES: "references", CLIP: "clip_references"}
         self.outputs |= {"prompt_embeds": "prompt", "null_prompt_embeds": '""'}
         self.vae_part = saved_networks.find(vae, "vae", "model.encoder.vae")
@@ -88,8 +90,8 @@ class ReferenceEncoder(Encoder):
         if output in self.outputs:
             vocabulary = sorted(p for p in self.tokenizer_folder.iterdir() if p.suffix in (".json", ".model"))
             tokenizer = saved_networks.digest("", vocabulary)
-            weights, dtype = self.text_part.identity(), self.text_dtype
-            return _identity("UMT5EncoderModel", weights=weights, tokenizer=tokenizer, dtype=dtype)
+            about = {"weights": self.text_part.identity(), "dtype": self.text_dtype, "length": self.max_sequence_length}
+            return _identity("UMT5EncoderModel", tokenizer=tokenizer, **about)
         return super().identity(output)
 
     @torch.no_grad()
@@ -123,6 +125,8 @@ class ReferenceEncoder(Encoder):
 
     def check_network(self, network: nn.Module, batch: dict[str, Any]) -> None:
         """Refuse a network that expects image tokens of another width. Raises UserError."""
+        if "reference_clip" not in batch:
+            return
         found = batch["reference_clip"].shape[-1]
         first = (p.shape for name, p in network.named_parameters() if name.endswith("clip_proj.proj.0.weight"))
         (expected,) = next(first, (found,))
@@ -225,7 +229,7 @@ class ReferenceEncoder(Encoder):
         tokens = self.tokenizer(
             [clean(text) for text in texts],
             padding="max_length",
-            max_length=MAX_LENGTH,
+            max_length=self.max_sequence_length,
             truncation=True,
             return_tensors="pt",
         ).to(self.device)

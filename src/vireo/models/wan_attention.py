@@ -46,7 +46,8 @@ class Context(NamedTuple):
 
     text: (B, T, D). clip, latents: the references' projected tokens, (B, N x tokens of one, D), or None.
     present: bool (B, N), the references that are no padding; None: all are. scale: factor of their influence.
-    frame_tokens: tokens of one latent frame of the video. cache: of a roll-out.
+    frame_tokens: tokens of one latent frame of the video. cache: of a roll-out. seen: a list, to which every block adds
+    its |gate| and the size of what latents add over that of the rest, (2,); None: nothing is measured.
     """
 
     text: Tensor | None = None
@@ -56,6 +57,7 @@ class Context(NamedTuple):
     scale: float = 1.0
     frame_tokens: int = 1
     cache: KeyValueCache | None = None
+    seen: list[Tensor] | None = None
 
 
 class Positions(NamedTuple):
@@ -114,6 +116,8 @@ class DualCrossAttention:
         if latents is not None:
             mask = _mask(context.present, latents[0].shape[1])
             terms.append(context.scale * self._attend(query, latents, mask))
+        if context.seen is not None and len(terms) == 2:
+            context.seen.append(_sizes(attn.clip_gate, found + terms[0], terms[1]))
         for term in terms:
             found = found + (term if rows is None else torch.where(rows, term, torch.zeros_like(term)))
         return attn.to_out[1](attn.to_out[0](found))
@@ -266,6 +270,12 @@ def _mask(present: Tensor | None, tokens: int, before: int = 0) -> Tensor | None
     seen = present | ~present.any(dim=1, keepdim=True)
     seen = seen.repeat_interleave(tokens // present.shape[1], dim=1)
     return torch.cat([seen.new_ones(len(seen), before), seen], dim=1)[:, None, None]
+
+
+@torch.no_grad()
+def _sizes(gate: Tensor, fused: Tensor, added: Tensor) -> Tensor:
+    """|gate| and |added| / |fused|, float32 (2,)."""
+    return torch.stack([gate.float().abs().mean(), added.float().norm() / fused.float().norm()])
 
 
 def _slices(known: list[int], chosen: list[int], tokens: int) -> list[slice]:

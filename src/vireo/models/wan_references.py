@@ -34,17 +34,36 @@ Init = Literal["identity", "published"]
 
 
 class Projection(nn.Module):
-    """Tokens of the references to the transformer's width: (…, width) to (…, D)."""
+    """Tokens of the references to the transformer's width: (…, width) to (…, D).
 
-    def __init__(self, width: int, out: int) -> None:
+    positions: add to tokens on a grid, (…, h, w, width), where they are in it, times a factor that begins at zero.
+    """
+
+    def __init__(self, width: int, out: int, positions: bool = False) -> None:
         super().__init__()
+        self.position_scale = nn.Parameter(torch.zeros(1)) if positions else None
         gelu = nn.GELU(approximate="tanh")
         self.proj = nn.Sequential(
             nn.LayerNorm(width), nn.Linear(width, out), gelu, nn.Linear(out, out), nn.LayerNorm(out)
         )
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.proj(tokens)
+        projected = self.proj(tokens)
+        if self.position_scale is None:
+            return projected
+        return projected + self.position_scale * grid_positions(*projected.shape[-3:]).to(projected)
+
+
+def grid_positions(height: int, width: int, channels: int) -> Tensor:
+    """Sines and cosines of rows and columns, float32 (height, width, channels); channels are a multiple of 4.
+
+    Vaswani et al. 2017 (https://arxiv.org/abs/1706.03762), a half of the channels for each axis.
+    """
+    rates = 10000 ** -(torch.arange(channels // 4) / (channels // 4))
+    axes = [torch.arange(size)[:, None] * rates for size in (height, width)]
+    rows, columns = (torch.cat([angles.sin(), angles.cos()], dim=-1) for angles in axes)
+    grid = (height, width, channels // 2)
+    return torch.cat([rows[:, None].expand(grid), columns[None].expand(grid)], dim=-1)
 
 
 class WanReferences(Network):
@@ -60,6 +79,7 @@ class WanReferences(Network):
     init: "identity", the output is the base's until something was learnt: gates and values of latents begin at zero.
         "published" begins with gates of 1 and projections whose last linear layer is zero, which disturbs the base.
     clip_dim: width of the CLIP tokens.
+    vae_pos_embed: tell tokens of the references' latents where in the picture they are; as published they are a bag.
     dtype: of the weights as they are loaded; what learns is float32 (`FreezePolicy`), and a network in half precision
         computes under autocast in it.
     export_layout: what `export` writes: "adapter", what is not the base's, or "published", {"generator": everything}.
@@ -80,6 +100,7 @@ class WanReferences(Network):
         sink_frames: int = 3,
         init: Init = "identity",
         clip_dim: int = CLIP_WIDTH,
+        vae_pos_embed: bool = False,
         dtype: Literal["fp32", "bf16", "fp16"] = "fp32",
         export_layout: Literal["adapter", "published"] = "adapter",
         gradient_checkpointing: bool = False,
@@ -92,22 +113,23 @@ class WanReferences(Network):
         self.export_layout, self.dtype = export_layout, DTYPES[dtype]
         self._source = (transformer, generator, generator_lora, lora_alpha, self.dtype)
         self._frames = (group_frames, window_frames, sink_frames) if mode == "causal" else None
-        self.transformer, self.clip_proj, self.vae_proj = self._start(clip_dim)
+        self.transformer, self.clip_proj, self.vae_proj = self._start(clip_dim, vae_pos_embed)
+        self._seen: Tensor | None = None
         initialize(self, init)
         if gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
         self.train()
 
-    def _start(self, clip_dim: int) -> tuple[Any, Projection, Projection]:
+    def _start(self, clip_dim: int, vae_pos_embed: bool) -> tuple[Any, Projection, Projection]:
         transformer = wan_weights.load_transformer(*self._source)
-        projections = add_references(transformer, clip_dim)
+        projections = add_references(transformer, clip_dim, vae_pos_embed)
         if self._frames is not None:
             make_causal(transformer, *self._frames)
         return transformer, *projections
 
     def base(self) -> Any:
         """The transformer that training began with, loaded anew; without references it is the base."""
-        return self._start(CLIP_WIDTH)[0].to(self.transformer.device).eval().requires_grad_(False)
+        return self._start(CLIP_WIDTH, vae_pos_embed=False)[0].to(self.transformer.device).eval().requires_grad_(False)
 
     def forward(
         self,
@@ -124,7 +146,7 @@ class WanReferences(Network):
         """The prediction, (B, C, t, h, w).
 
         noisy: (B, C, t, h, w). timesteps: 1000 sigma, (B,) or, one for each latent frame, (B, t).
-        prompt_embeds: (B, 512, text width), zero beyond the text's end.
+        prompt_embeds: (B, tokens, text width), zero beyond the text's end.
         reference_clip: (B, N, L, clip_dim). reference_latents: (B, C, N, h', w'), normalised as the video's. Either may
         be missing. reference_mask: bool (B, N), false for padding; a row of nothing else is the base's.
         reference_scale: factor of what the references add, for sampling.
@@ -135,17 +157,26 @@ class WanReferences(Network):
         if cache is not None and cache.context:
             clip = latents = None  # their keys are known
         patch, half = self.transformer.config.patch_size, self.dtype != torch.float32
+        seen: list[Tensor] = []
         with torch.autocast(noisy.device.type, self.dtype) if half else nullcontext():
             context = Context(
                 clip=None if clip is None else self.clip_proj(clip.flatten(1, 2)),  # (B, N L, D)
-                latents=None if latents is None else self.vae_proj(latents.flatten(2).mT),  # (B, N h' w', D)
+                latents=None if latents is None else self.vae_proj(latents.movedim(1, -1)).flatten(1, 3),
                 present=reference_mask,
                 scale=reference_scale,
                 frame_tokens=(noisy.shape[-2] // patch[1]) * (noisy.shape[-1] // patch[2]),
                 cache=cache,
+                seen=seen if self.training else None,
             )
             with self._rolling(cache, keep):
-                return self.transformer(noisy, timesteps, prompt_embeds, context, return_dict=False)[0]
+                prediction = self.transformer(noisy, timesteps, prompt_embeds, context, return_dict=False)[0]
+        if seen:
+            self._seen = torch.stack(seen).mean(dim=0)
+        return prediction
+
+    def figures(self) -> dict[str, Tensor]:
+        """clip_gate: mean of |gate| over the blocks; vae_over_fused: of the size of what latents add, in proportion."""
+        return {} if self._seen is None else dict(zip(("clip_gate", "vae_over_fused"), self._seen, strict=True))
 
     @contextmanager
     def _rolling(self, cache: KeyValueCache | None, keep: bool) -> Iterator[None]:
@@ -235,7 +266,9 @@ def is_new(name: str) -> bool:
     return any(part in f".{name}" if part[0] == "." else name.startswith(part) for part in NEW)
 
 
-def add_references(transformer: Any, clip_dim: int = CLIP_WIDTH) -> tuple[Projection, Projection]:
+def add_references(
+    transformer: Any, clip_dim: int = CLIP_WIDTH, vae_pos_embed: bool = False
+) -> tuple[Projection, Projection]:
     """Give every block of a WanTransformer3DModel its second path, in place; returns clip_proj and vae_proj.
 
     The transformer then takes a `Context` as encoder_hidden_states_image, with its text left out. Called as ever, it
@@ -255,7 +288,7 @@ def add_references(transformer: Any, clip_dim: int = CLIP_WIDTH) -> tuple[Projec
     embedder.register_forward_hook(_with_text)
     width = config.num_attention_heads * config.attention_head_dim
     with transformer.proj_out.weight.device:
-        return Projection(clip_dim, width), Projection(config.in_channels, width)
+        return Projection(clip_dim, width), Projection(config.in_channels, width, vae_pos_embed)
 
 
 def make_causal(transformer: Any, group: int, window: int | None, sink: int) -> None:

@@ -14,7 +14,7 @@ from vireo.models.wan_attention import KeyValueCache
 from vireo.pixels import to_pixels
 from vireo.randomness import Draws
 from vireo.sampling.denoising_loop import denoise
-from vireo.sampling.reference_measures import colour_distance, flow_errors, without_references
+from vireo.sampling.reference_measures import MASK, colour_distance, flow_errors, without_references
 from vireo.sampling.sampler import Sampler
 
 GAIN_TIMESTEPS = (250.0, 500.0, 750.0)  # 1000 sigma, of the reference gain that validation measures
@@ -98,7 +98,9 @@ class ReferenceSampler(Sampler):
         return self.guidance.conditions(references, {name: given[name] for name in null}, null)
 
     def baselines(self, batch: dict) -> dict[str, Tensor]:
-        """The first reference as a still video, (B, T, 3, H, W)."""
+        """The first reference as a still video, (B, T, 3, H, W); nothing where there are no references."""
+        if "references" not in batch:
+            return {}
         still = to_pixels(batch["references"][:, :1], low=0.0)
         return {"still reference": still.expand(-1, batch["frames"].shape[1], -1, -1, -1)}
 
@@ -111,7 +113,7 @@ class ReferenceSampler(Sampler):
         colour_distance: of each column's colours to the subject's, see `vireo.sampling.reference_measures`.
         """
         figures: dict[str, Tensor] = {}
-        if "latents" in batch:
+        if "latents" in batch and MASK in self.inputs:
             draws = Draws("reference gain", batch["position"], batch["latents"].device)
             conditions = {name: batch[name] for name in self.inputs}
             gains = []

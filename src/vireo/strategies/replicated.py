@@ -111,6 +111,15 @@ class Replicated(Strategy):
         self.abandoned = False
         return norm
 
+    def group_norms(self) -> dict[str, Tensor]:
+        scale = 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
+        named = dict(self.network.named_parameters())
+        norms = {}
+        for group, names in optimizers.parameter_names(self.optimizer).items():
+            gradients = [gradient for name in names if (gradient := named[name].grad) is not None]
+            norms[group] = torch.nn.utils.get_total_norm(gradients) / scale
+        return norms
+
     def parts(self) -> dict[str, Tensor]:
         return {n: p.detach() for n, p in self.network.named_parameters() if p.requires_grad}
 

@@ -121,6 +121,13 @@ class FullySharded(Strategy):
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
+    def group_norms(self) -> dict[str, Tensor]:
+        norms = {}
+        for group, names in optimizers.parameter_names(self.optimizer).items():
+            found = (self.trained[name].grad for name in names)
+            norms[group] = self._total_norm([gradient.to_local() for gradient in found if gradient is not None])
+        return norms
+
     def _total_norm(self, gradients: list[Tensor]) -> Tensor:
         square = torch.nn.utils.get_total_norm(gradients).to(self.device).square()
         dist.all_reduce(square)

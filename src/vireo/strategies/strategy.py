@@ -21,6 +21,7 @@ class Strategy(ABC):
     Collective methods are called by every rank. Results on the CPU are there on the main process; others get {}.
     """
 
+    network: Any  # as `prepare` was given it
     device: torch.device
     precision: str  # fp32, bf16 or fp16: what the network computes in
     forward_is_local: bool = True  # a forward pass waits for no other process, so one that failed can be made again
@@ -52,6 +53,13 @@ class Strategy(ABC):
         Nothing is updated where the gradient is not finite. Returns the gradient's norm before clipping, a scalar on
         the device, equal on all ranks and not finite exactly if no update was made.
         """
+
+    def group_norms(self) -> dict[str, Tensor]:
+        """The gradient's norm in each of the optimizer's groups by name, before `step` clips and clears. Collective.
+
+        Scalars on the device; {} where the whole norm is all that is known.
+        """
+        return {}
 
     @abstractmethod
     def parts(self) -> dict[str, Tensor]:

@@ -1,10 +1,12 @@
 """vireo sample run=<run> [step=500] [clips=4] [weights=<file>] [out=<folder>] [paths.data=<other clips>]
-vireo sample run=<run> prompt="a small red square" [image=<file>] [clips=1] …
+vireo sample run=<run> prompt="a small red square" [image=<file>] [clips=1 | name=<id>] …
+vireo sample run=<run> prompt="a dog runs" reference=<file>,<file> [clips=1 | name=<id>] …
 vireo sample run=<run> video=<file> mask=<file> [prior=<file>] [max_side=960] [clips=1] …
 
 Show what a trained network makes of held-out clips: side-by-side videos and PNG grids, and the further videos that
 the recipe's sampler offers, such as roll-outs. Or of what is given here, in as many versions as `clips` says: of a
-prompt, and for image-to-video a picture; of a video and the hole in it. What people want of it is clip_000_result.mp4.
+prompt, and for image-to-video a picture, or pictures of subjects; of a video and the hole in it. What people want of
+it is clip_000_result.mp4; with name=<id> it is <id>.mp4 and nothing else, for benchmarks that score folders of videos.
 A dataset's class takes part by a static method `from_files`, which gets what it names of its node's values and of
 these, and returns a sample.
 Default folder: <run>/samples/by_hand.
@@ -25,10 +27,13 @@ GIVEN = ("prompt", "image", "video", "mask", "prior", "max_side", "reference")
 
 def main(words: Sequence[str]) -> int:
     by_hand = any(word.partition("=")[0] in GIVEN for word in words)
-    own = ("step", "clips", "weights", "out", *GIVEN)
+    own = ("step", "clips", "weights", "out", "name", *GIVEN)
     given = arguments.read(words, own, folders=("weights",) if by_hand else ("data", "weights"))
     files = {name: text for name, text in given.own.items() if name in GIVEN}
     clips = arguments.whole(given.own, "clips", 1 if files else 4)
+    name = given.own.get("name")
+    if name is not None and (not files or clips != 1):
+        raise UserError("name=<id> is for one video of what is given by hand (prompt=…): leave clips out")
     sample = _from_files(given.settings["data"], files) if files else None
     from vireo import objects
     from vireo.comparison import FPS, show
@@ -53,9 +58,9 @@ def main(words: Sequence[str]) -> int:
             print(f"clip {score.clip} is left out: {score.name}: {score.unreadable}")
             continue
         rates[score.clip] = fps or score.fps
-        written = show(columns, folder / f"clip_{score.clip:03d}", rates[score.clip], gif)
+        written = [] if name else show(columns, folder / f"clip_{score.clip:03d}", rates[score.clip], gif)
         if sample is not None and len(columns[sampler.result]) > 1:
-            written.append(folder / f"clip_{score.clip:03d}_result.mp4")
+            written.append(folder / (f"{name}.mp4" if name else f"clip_{score.clip:03d}_result.mp4"))
             write_video(written[-1], columns[sampler.result], rates[score.clip] or FPS)
         psnr = f"  {score.measures['psnr']:.2f} dB" if "psnr" in score.measures else ""
         print(f"{', '.join(map(str, written))}  {score.name}{psnr}")
