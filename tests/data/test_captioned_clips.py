@@ -361,9 +361,7 @@ def test_content_that_changes_while_it_is_read_is_not_what_its_identity_says(roo
     Image.new("RGB", (32, 32)).save(frames / "0.png")
     for sample in before:
         for source in (sample["frames"], sample["image"]):
-            with pytest.raises(
-                ChangedError, match="has changed since it was looked at|it has 9 frames now, 20 when it was looked at"
-            ):
+            with pytest.raises(ChangedError, match="has changed since it was looked at"):
                 source.load()
     (frames / "0.png").unlink()
     with pytest.raises(BadVideoError):

@@ -338,6 +338,8 @@ class CaptionedClips:
         assert clip.video is not None and clip.info is not None
         _, height, width = clip.bucket
         with VideoReader(clip.video, clip.info.decoder) as video:
+            if len(video) < clip.info.num_frames:
+                check_content(identity, clip.video)  # so that a filling of the cache looks at it once more
             video.expect(clip.info.num_frames)
             frames = video.get(indices)
         check_content(identity, clip.video)
