@@ -327,26 +327,16 @@ def world(tmp_path_factory) -> Path:
 
 
 def in_place(text: str, world: Path) -> str:
-    """The placeholders /clips, /edits, /videos, /captioned, /weights, /editor and /lora as folders that exist."""
-    return re.sub(r"(?<![\w.])/(clips|edits|videos|captioned|weights|editor|lora)\b", rf"{world}/\1", text)
+    """Placeholders (/clips, /weights, …) as folders that exist."""
+    return re.sub(r"(?<![\w.])/(clips|edits|videos|captioned|opens2v|weights|editor|lora)\b", rf"{world}/\1", text)
 
 
 def in_world(words: list[str], world: Path) -> list[str]:
-    """A command with folders that exist. Demonstrations of edits and captions read the few here, not hundreds."""
+    """A command with folders that exist. Demonstrations that encode read the few files here, not hundreds."""
     words = [in_place(word, world) for word in words]
-    for experiments, data in ((EDITS, "edits"), (CAPTIONED, "captioned")):
+    for experiments, data in ((EDITS, "edits"), (CAPTIONED, "captioned"), (SUBJECTS, "opens2v")):
         if set(experiments) & set(words) and not any(word.startswith("size=") for word in words):
             words += ["size=mini", f"paths.data={world}/{data}"]
-    """The placeholders /clips, /edits, /opens2v, /weights and /editor as folders that exist."""
-    return re.sub(r"(?<![\w.])/(clips|edits|opens2v|weights|editor)\b", rf"{world}/\1", text)
-
-
-def in_world(words: list[str], world: Path) -> list[str]:
-    """A command with folders that exist. Demonstrations of edits and subjects read the world's few, not hundreds."""
-    words = [in_place(word, world) for word in words]
-    for folder, experiments in (("edits", EDITS), ("opens2v", SUBJECTS)):
-        if set(experiments) & set(words) and not any(word.startswith("size=") for word in words):
-            words += ["size=mini", f"paths.data={world}/{folder}"]
     return words
 
 

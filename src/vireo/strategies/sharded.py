@@ -125,7 +125,9 @@ class FullySharded(Strategy):
         norms = {}
         for group, names in optimizers.parameter_names(self.optimizer).items():
             found = (self.trained[name].grad for name in names)
-            norms[group] = self._total_norm([gradient.to_local() for gradient in found if gradient is not None])
+            norms[group] = self._total_norm(
+                [gradient.to_local() for gradient in found if isinstance(gradient, DTensor)]
+            )
         return norms
 
     def _total_norm(self, gradients: list[Tensor]) -> Tensor:
