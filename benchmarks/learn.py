@@ -77,7 +77,8 @@ CASES = {
 
 
 # The stages of DiffuEraser on the same clips and noise. All holes move, so what they hide is seen in other frames.
-MOVING_HOLES = ["data.num_frames=9", "model.sampler.window=9", "data.mask.p_static=0", "model.sampler.noise=independent"]
+MOVING_HOLES = ["data.mask.p_static=0", "data.num_frames=9", "model.sampler.window=9"]
+MOVING_HOLES += ["model.sampler.noise=independent"]
 
 
 def one_clip(words: list[str]) -> Path:
