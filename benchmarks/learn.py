@@ -39,7 +39,13 @@ CASES = {
         "checkpoint.every=400",
     ],
     # Both stages, from networks that know nothing: first single frames, then motion.
-    "diffueraser": ["experiment=diffueraser", "schedule=cosine", "validation.clips=16"],
+    "diffueraser": [
+        "experiment=diffueraser",
+        "schedule=cosine",
+        "cache=on",
+        "validation.clips=16",
+        "chain.stage2.steps=1200",
+    ],
     # A LoRA learns one clip by heart, on a ground that the shipped network has never seen, under a word of its own.
     "cogvideox_one_clip": [
         "experiment=cogvideox_t2v_lora",
@@ -70,8 +76,9 @@ CASES = {
 }
 
 
-# The stages of DiffuEraser on the same clips, in which all holes move: what they hide is seen in other frames.
-MOVING_HOLES = ["data.num_frames=9", "model.sampler.window=9", "data.mask.p_static=0"]
+# The stages of DiffuEraser on the same clips and noise. All holes move, so what they hide is seen in other frames.
+MOVING_HOLES = ["data.mask.p_static=0", "data.num_frames=9", "model.sampler.window=9"]
+MOVING_HOLES += ["model.sampler.noise=independent"]
 
 
 def one_clip(words: list[str]) -> Path:
