@@ -59,7 +59,7 @@ def test_only_a_changed_file_is_read_again(tmp_path, read):
     write(tmp_path / "one", b=b"C")  # the same size and time of change
     forget()
     assert file_digests(paths)[str(paths[1])] == expected(b"C")
-    assert read == ["a", "b", "b"]
+    assert sorted(read) == ["a", "b", "b"]  # several threads read
 
 
 def test_hard_links_are_no_change(tmp_path, read):

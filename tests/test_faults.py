@@ -115,6 +115,7 @@ sys.exit(worker.main(Path(sys.argv[2])))
 """
 
 
+@pytest.mark.full
 def test_a_loader_worker_that_hangs_does_not_outlive_its_process(tmp_path):
     """Its process gives up after loader.timeout and ends, though Python waits for its children at exit."""
     folder, number = runs.make(tmp_path, ["loader.workers=1", "loader.timeout=5"]), tmp_path / "number"

@@ -111,6 +111,7 @@ def test_outputs_folder(monkeypatch):
     assert config.outputs_folder() == Path("/large/disk")
 
 
+@pytest.mark.full  # it makes a world, as tests/mini/test_world.py does
 def test_mini_world_is_where_it_will_be_made(tmp_path, monkeypatch):
     from vireo.mini import world
 
