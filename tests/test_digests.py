@@ -114,7 +114,7 @@ def test_a_damaged_index_costs_what_it_held_and_no_more(tmp_path, read):
         forget()
         assert file_digests(paths) == {str(path): expected(path.read_bytes()) for path in paths}
     # The line after an unfinished one is lost with it, and found again at the next start.
-    assert sorted(read[:2]) == ["a", "b"] and read[2] == "a" and len(read) <= 4  # two threads read the first two
+    assert sorted(read[:2]) == ["a", "b"] and read[2] in read[:2] and len(read) <= 4  # threads read and write them
 
 
 def test_without_a_folder_to_remember_in_there_is_a_warning(tmp_path, monkeypatch, caplog):
