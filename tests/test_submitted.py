@@ -40,6 +40,7 @@ def task_of_last_job(outputs: Path, jobs: int) -> int:
         time.sleep(0.05)
 
 
+@pytest.mark.full
 def test_a_sweep(tmp_path):
     parent = submit(tmp_path, "-m", "launcher=submitit_local", "steps=2", "data.held_out=0.1,no_such_list.txt,0.2")
     os.kill(task_of_last_job(tmp_path, 3), signal.SIGKILL)

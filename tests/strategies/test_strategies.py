@@ -80,6 +80,7 @@ def learn_unevenly(rank: int, port: int, results) -> None:
     results.put((rank, found))
 
 
+@pytest.mark.full
 def test_shards_that_torch_pads_anew_learn(tmp_path):
     fork = multiprocessing.get_context("fork")
     results, port = fork.SimpleQueue(), processes.free_port()
