@@ -78,6 +78,13 @@ def test_a_killed_stage_goes_on_where_it_stopped(calm, vireo, tmp_path, monkeypa
         assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_the_data_of_every_stage_is_checked(vireo):  # noqa: F811
+    code, said = vireo("check", *CHAIN, "++chain.two.data.held_out=0.3")
+    one, two = said.split("\ntwo (taehv)\n")
+    assert code == 0 and one.count("\nvalidation") == two.count("\nvalidation") == 1, said
+    assert "\none (taehv)\n" in one and one.split("\ntrain\n")[1] != two.split("\ntrain\n")[1], said
+
+
 def test_a_mistake_in_the_last_stage_is_told_before_the_first_one_starts(vireo, tmp_path):  # noqa: F811
     code, said = vireo("train", *CHAIN, "chain.two.lrr=1")
     assert code == 2 and "chain.two: lrr: there is no such key" in said and not (tmp_path / "taehv").exists()

@@ -1,5 +1,6 @@
 import functools
 import itertools
+import json
 import math
 import os
 from pathlib import Path
@@ -41,6 +42,7 @@ def run(
     log_every=1,
     max_loss_rise=None,
     record=lambda incident: None,
+    bad_samples=Path(os.devnull),
 ):
     """Train the toy recipe; returns (network, average, reported figures, progress)."""
     strategy = Replicated(precision="fp32")
@@ -69,7 +71,7 @@ def run(
         log_every=log_every,
         max_consecutive_skips=skips,
         max_loss_rise=max_loss_rise,
-        max_bad_files=1,
+        bad_files=faults.BadFiles(1, bad_samples),
         stop=faults.StopRequest() if stop is None else stop,
         watchdog=Watchdog(Path(os.devnull), timeout=3600),
         report=lambda step, values: figures.__setitem__(step, dict(values)),
@@ -231,9 +233,12 @@ class OneFileIsBroken(ToyDataset):
         return super().sample(index, draws)
 
 
-def test_a_file_that_cannot_be_read_is_told_once_and_counted(monkeypatch, caplog):
+def test_a_file_that_cannot_be_read_is_told_once_written_down_and_counted(monkeypatch, caplog, tmp_path):
     monkeypatch.setattr("tests.test_training.ToyDataset", OneFileIsBroken)
-    _, _, figures, progress = run(steps=14)  # four epochs
+    lines = tmp_path / "bad_samples.jsonl"
+    _, _, figures, progress = run(steps=14, bad_samples=lines)  # four epochs
+    (row,) = map(json.loads, lines.read_text().splitlines())
+    assert row.pop("step") in range(14) and row == {"file": "clip3.mp4", "reason": "it is empty"}
     told = [record.getMessage() for record in caplog.records if "clip3" in record.getMessage()]
     assert told == ["clip3.mp4 cannot be read, so another sample takes its place: it is empty"]
     assert figures[14]["bad_files"] == 1 and progress.step == 14

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -9,8 +10,11 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
+
+from vireo.run_folder import dispensable
 
 if TYPE_CHECKING:  # the launcher's parent knows exit codes and signals, and must start without torch
     from torch import Tensor
@@ -165,6 +169,40 @@ class LossSpikes:
         elif value == value:  # what is not finite is another guard's business
             self.usual += self.WEIGHT * (value - self.usual)
         return loss
+
+
+class BadFiles:
+    """Files that could not be read while training: each is told once, with the reason, and written down.
+
+    limit: how many there may be on one rank. path: where a line of JSON (step, file, reason) goes for each.
+    """
+
+    def __init__(self, limit: int, path: Path) -> None:
+        self.limit, self.path = limit, path
+        self._reasons: dict[str, str] = {}  # by file; one may come again in every epoch
+
+    def __len__(self) -> int:
+        return len(self._reasons)
+
+    @property
+    def too_many(self) -> bool:
+        return len(self) > self.limit
+
+    def note(self, step: int, found: Iterable[tuple[str, str]]) -> None:
+        """found: (file, reason) of what a batch has other samples instead of."""
+        for file, reason in found:
+            if file in self._reasons:
+                continue
+            self._reasons[file] = reason
+            log.warning("%s cannot be read, so another sample takes its place: %s", file, reason)
+            with dispensable(f"the line about {file}"), self.path.open("a") as lines:
+                lines.write(json.dumps({"step": step, "file": file, "reason": reason}) + "\n")
+
+    def error(self) -> TooManyFaults:
+        """What to raise when there are too many on some rank."""
+        lines = [f"  {file}: {reason}" for file, reason in list(self._reasons.items())[:10]]
+        said = f"{len(self)} files broke while training, at most {self.limit} may (data.max_bad_fraction):"
+        return TooManyFaults("\n".join([said, *lines]))
 
 
 class SaveFailures:

@@ -69,6 +69,11 @@ def log_file(folder: Path, rank: int) -> Path:
     return folder / "train.log" if rank == 0 else folder / "logs" / f"rank_{rank}.log"
 
 
+def bad_samples_file(folder: Path, rank: int) -> Path:
+    """Where a rank writes what it could not read: `bad_samples.jsonl`, or `logs/bad_samples_<n>.jsonl`."""
+    return folder / "bad_samples.jsonl" if rank == 0 else folder / "logs" / f"bad_samples_{rank}.jsonl"
+
+
 @contextmanager
 def dispensable(what: str) -> Iterator[None]:
     """Around writing what a run can do without: if the disk is full, that is told, and the run goes on."""

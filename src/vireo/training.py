@@ -7,7 +7,7 @@ decided by all ranks together (faults.py).
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -60,7 +60,7 @@ def train(
     log_every: int,
     max_consecutive_skips: int,
     max_loss_rise: float | None,
-    max_bad_files: int,
+    bad_files: faults.BadFiles,
     stop: faults.StopRequest,
     watchdog: Watchdog,
     report: Callable[[int, Mapping[str, float]], None],
@@ -82,14 +82,12 @@ def train(
     verdicts = Verdicts(max_consecutive_skips, progress.skipped, record)
     spikes = faults.LossSpikes(max_loss_rise, progress.usual_loss)
     room = faults.Room()
-    bad_files: dict[str, str] = {}
     stopwatch = Stopwatch()
 
     for step in range(progress.step, steps):
         watchdog.begin_step()
         rate = schedule(step, steps)
-        for group, base_rate in zip(optimizer.param_groups, base_rates, strict=True):
-            group["lr"] = base_rate * rate
+        _set_rates(optimizer, base_rates, rate)
         figures: dict[str, Tensor] = {}
         samples: list[tuple[int, str]] = []
         flags = 0
@@ -98,7 +96,7 @@ def train(
         for micro in range(accumulation):
             with stopwatch.waiting():
                 batch = next(batches)
-            _note_bad(bad_files, batch["bad"])
+            bad_files.note(step, batch["bad"])
             samples += _named(batch)
             seed_default(seed, "network", (step, micro, rank))
 
@@ -111,7 +109,7 @@ def train(
                     objective = _forward(network, encoder, loss, piece, draws, strategy)
                     agreed = distributed.vote(
                         (faults.STOP if stop else 0)
-                        | (faults.BAD_DATA if len(bad_files) > max_bad_files else 0)
+                        | (faults.BAD_DATA if bad_files.too_many else 0)
                         | (faults.OUT_OF_MEMORY if objective is None else 0)
                     )
                     flags |= agreed
@@ -140,16 +138,15 @@ def train(
         # is free, or done anyway, a checkpoint knows its own step's verdict too.
         verdicts.add(step, norm, figures, samples, at_once=logged or device.type == "cpu")
         if logged:
-            everything = {**figures, **strategy.network.figures()}
-            means = distributed.average({name: float(value) for name, value in everything.items()})
-            state = {"grad_norm": float(norm), "lr": optimizer.defaults["lr"] * rate}
-            state |= {f"grad_norm_{group}": float(value) for group, value in by_group.items()}
+            means = _means({**figures, **strategy.network.figures()})
+            norms = {"grad_norm": norm, **{f"grad_norm_{group}": value for group, value in by_group.items()}}
+            state = {"lr": optimizer.defaults["lr"] * rate, **{name: float(value) for name, value in norms.items()}}
             counts = {"skipped_steps": verdicts.skipped, "bad_files": len(bad_files), "memory_retries": room.retries}
             report(step + 1, {**means, **state, **counts, **stopwatch.lap()})
         progress = Progress(step + 1, seen, verdicts.skipped, spikes.usual)
 
         if flags & faults.BAD_DATA:
-            raise faults.TooManyFaults(_bad_files_message(bad_files, max_bad_files))
+            raise bad_files.error()
         with stopwatch.paused():  # validation and saving are not part of a step's time
             at_boundary(progress, last)
         if stopping:
@@ -169,6 +166,16 @@ def _forward(
     # Here the exception, and with it everything its frames held, is gone.
     faults.give_memory_back()
     return None
+
+
+def _set_rates(optimizer: torch.optim.Optimizer, base_rates: list[float], factor: float) -> None:
+    for group, base_rate in zip(optimizer.param_groups, base_rates, strict=True):
+        group["lr"] = base_rate * factor
+
+
+def _means(figures: Mapping[str, Tensor]) -> dict[str, float]:
+    """Over ranks."""
+    return distributed.average({name: float(value) for name, value in figures.items()})
 
 
 def _named(batch: Mapping[str, Any]) -> list[tuple[int, str]]:
@@ -203,18 +210,3 @@ class Stopwatch:
         figures = {"seconds_per_step": elapsed / self.steps, "data_wait": self.waited / elapsed}
         self._restart()
         return figures
-
-
-def _note_bad(bad_files: dict[str, str], found: Iterable[tuple[str, str]]) -> None:
-    """Tell of each file once; it may come again in every epoch."""
-    for path, reason in found:
-        if path not in bad_files:
-            log.warning("%s cannot be read, so another sample takes its place: %s", path, reason)
-        bad_files[path] = reason
-
-
-def _bad_files_message(bad_files: Mapping[str, str], limit: int) -> str:
-    lines = [f"  {path}: {reason}" for path, reason in list(bad_files.items())[:10]]
-    return "\n".join(
-        [f"{len(bad_files)} files broke while training, at most {limit} may (data.max_bad_fraction):", *lines]
-    )

@@ -226,7 +226,10 @@ class Run:
                 log_every=settings["logging"]["every"],
                 max_consecutive_skips=settings["faults"]["max_consecutive_skips"],
                 max_loss_rise=settings["faults"]["max_loss_rise"],
-                max_bad_files=max(1, int(self.dataset.max_bad_fraction * len(self.dataset))),
+                bad_files=faults.BadFiles(
+                    max(1, int(self.dataset.max_bad_fraction * len(self.dataset))),
+                    run_folder.bad_samples_file(self.folder, distributed.rank()),
+                ),
                 stop=self.stop,
                 watchdog=self.watchdog,
                 report=self.report,

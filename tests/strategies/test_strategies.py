@@ -82,9 +82,10 @@ def learn_unevenly(rank: int, port: int, results) -> None:
 
 @pytest.mark.full
 def test_shards_that_torch_pads_anew_learn(tmp_path):
-    fork = multiprocessing.get_context("fork")
-    results, port = fork.SimpleQueue(), processes.free_port()
-    started = [fork.Process(target=learn_unevenly, args=(rank, port, results)) for rank in range(2)]
+    # Not forked: this process may have had a group of its own, whose threads a fork would not have.
+    spawn = multiprocessing.get_context("spawn")
+    results, port = spawn.SimpleQueue(), processes.free_port()
+    started = [spawn.Process(target=learn_unevenly, args=(rank, port, results)) for rank in range(2)]
     for one in started:
         one.start()
     for one in started:

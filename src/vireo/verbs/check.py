@@ -3,14 +3,14 @@ vireo check experiment=<recipe> [any override]
 
 `check environment`: versions, GPU and driver, video decoders, disk, shared memory, and what is missing for which
 recipe. `check experiment=…`: the config, then the data as training would see it, with the columns and the files that
-its dataset can verify (`faults`). Exit code 2 if something is wrong.
+its dataset can verify (`faults`), for each stage of a chain. Exit code 2 if something is wrong.
 """
 
 import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
@@ -66,26 +66,46 @@ def _environment() -> int:
 
 
 def _experiment(words: Sequence[str]) -> int:
-    """Print the data of one composition as training would see it."""
+    """Print the data of one composition, of a chain each stage's, as training would see it; 2 if it has faults."""
     given = arguments.read(words, ())
     print(f"config        valid ({given.settings['experiment']}, size={given.settings['size']})")
     if given.settings["size"] == "mini":
         from vireo.mini import world
 
         world.ensure()
+    faults: dict[str, None] = {}  # in order, told once for all splits
+    for title, settings in _stages(given, words):
+        if title:
+            print(f"\n{title}")
+        faults |= dict.fromkeys(_data(settings))
+    if faults:
+        print("\nfaults of the data\n" + "\n".join(f"  {fault}" for fault in faults))
+    return 2 if faults else 0
+
+
+def _stages(given: arguments.Arguments, words: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A title and the settings of each stage; of what is no chain, or a run already, none and its own."""
+    if given.folder is not None or not given.settings["chain"]:
+        yield "", given.settings
+        return
+    for name, of_stage in config.stages(given.settings["chain"], words).items():
+        settings = config.settings(of_stage)
+        yield f"{name} ({settings['experiment']})", settings
+
+
+def _data(settings: dict[str, Any]) -> list[str]:
+    """Print what both splits hold; their faults."""
     from vireo import objects, report
 
-    faults: dict[str, None] = {}  # in order, told once for both splits
+    faults: list[str] = []
     for split in ("train", "validation"):
-        dataset: Any = objects.dataset(given.settings, split)
-        faults |= dict.fromkeys(dataset.faults() if hasattr(dataset, "faults") else ())
+        dataset: Any = objects.dataset(settings, split)
+        faults += dataset.faults() if hasattr(dataset, "faults") else []
         print(f"\n{split}")
         for name, value in dataset.describe().items():
             lines = value if isinstance(value, list) else [value]
             print(f"  {name:<14} {report.brief(lines)}")
-    if faults:
-        print("\nfaults of the data\n" + "\n".join(f"  {fault}" for fault in faults))
-    return 2 if faults else 0
+    return faults
 
 
 def _version(package: str) -> str | None:
