@@ -46,7 +46,7 @@ class Loop:
             log_every=10,
             max_consecutive_skips=10,
             max_loss_rise=None,
-            max_bad_files=1,
+            bad_files=faults.BadFiles(1, Path(os.devnull)),
             stop=faults.StopRequest(),
             watchdog=Watchdog(Path(os.devnull), timeout=3600),
             report=lambda step, figures: None,

@@ -12,7 +12,6 @@ import copy
 import functools
 import itertools
 import json
-import os
 import subprocess
 import sys
 import time
@@ -22,16 +21,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from loop import Loop
 from paired import paired, verdict
-from vireo import config, distributed, faults, objects
-from vireo.ema import ExponentialMovingAverage
-from vireo.hangs import Watchdog
+from vireo import config, distributed
 from vireo.models.encoders import NoEncoder
 from vireo.models.seraena_discriminator import for_taehv
 from vireo.models.taehv import TAEHV
 from vireo.models.taehv_streaming import DecoderStream
-from vireo.strategies.replicated import Replicated
-from vireo.training import Progress, train
 
 FRAMES = 33
 MODES = ["parallel", "chunked 8", "chunked 4", "chunked 2", "chunked 1", "sequential", "streaming 4", "streaming 1"]
@@ -102,51 +98,14 @@ def ours(side: int) -> tuple[Callable[[], None], Callable[[], tuple[int, int]]]:
     """One step of the experiment as the training command runs it, in fp32 and without accumulation or teacher."""
     overrides = ["experiment=taehv_seraena", "model=taehv", "size=full", f"paths.data={HERE}", f"paths.weights={HERE}"]
     settings = config.settings([*overrides, "model.network.weights=null", f"height={side}", f"width={side}"])
-    network, policy = objects.network(settings), objects.freeze_policy(settings)
-    policy(network)
-    lr, steps = settings["lr"], settings["steps"]
-    optimizer = objects.optimizer(settings)(policy.groups(network, lr), lr=lr)
-    strategy = Replicated(precision="fp32")
-    wrapped = strategy.prepare(network, optimizer)
-    average = ExponentialMovingAverage(strategy.parts(), settings["ema"]["decay"])
-    loss, cosine, stream = objects.loss(settings), objects.schedule(settings), batches(side)
-    made = itertools.count(1)
-
-    def step() -> None:
-        number = next(made)
-        train(
-            wrapped,
-            NoEncoder(),
-            loss,
-            stream,
-            optimizer,
-            lambda step, _: cosine(step, steps),
-            strategy,
-            average,
-            seed=0,
-            progress=Progress(number - 1, 0, 0),
-            steps=number,
-            batch_size=CLIPS,
-            accumulation=1,
-            max_grad_norm=settings["max_grad_norm"],
-            log_every=10,
-            max_consecutive_skips=10,
-            max_loss_rise=None,
-            max_bad_files=1,
-            stop=faults.StopRequest(),
-            watchdog=Watchdog(Path(os.devnull), timeout=3600),
-            report=lambda step, figures: None,
-            record=lambda incident: None,
-            at_boundary=lambda progress, last: None,
-        )
-        for group in optimizer.param_groups:  # the loop takes what it finds for the base rate
-            group["lr"] = lr
+    loop = Loop(settings, NoEncoder(), batches(side), 1)
 
     def replay() -> tuple[int, int]:
-        held = loss.seraena.replay.fakes.nbytes + loss.seraena.replay.contexts.nbytes
+        ring = loop.loss.seraena.replay
+        held = ring.fakes.nbytes + ring.contexts.nbytes
         return held, held
 
-    return step, replay
+    return loop, replay
 
 
 class StraightforwardSeraena:
