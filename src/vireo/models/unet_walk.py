@@ -37,8 +37,9 @@ def walk(
     residuals: one for each site, added there. features: a list that gets the value of each site.
     gradient_checkpointing: compute each layer twice in exchange for the memory of its activations.
     """
-    embedding = unet.time_embedding(unet.time_proj(timesteps).to(x.dtype)).repeat_interleave(num_frames, dim=0)
-    context = context.to(x.dtype).repeat_interleave(num_frames, dim=0)
+    # Repeated first, since the last bits of a row's embedding depend on how many rows there are.
+    timesteps, context = (given.repeat_interleave(num_frames, dim=0) for given in (timesteps, context.to(x.dtype)))
+    embedding = unet.time_embedding(unet.time_proj(timesteps).to(x.dtype))
     left = iter(residuals or ())
 
     def site(x: Tensor) -> Tensor:
