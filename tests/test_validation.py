@@ -29,6 +29,33 @@ def test_scores_do_not_depend_on_the_batch(network):
     assert len({score.measures["loss"] for score in three}) == 5, "each clip has a loss of its own"
 
 
+def test_clips_of_several_shapes_are_taken_one_by_one(network, tmp_path):
+    class Several(ToyDataset):
+        def sample(self, index, draws):
+            sample = super().sample(index, draws)
+            return sample | {"frames": sample["frames"][..., : 12 + 4 * (index == 3)]}
+
+    def called(noisy):
+        sizes.append(tuple(noisy.shape))
+        return network(noisy)
+
+    sizes: list[tuple] = []
+    stream = Stream(Several(side=16), SEED, shuffle=False)
+    given = (NoEncoder(), Denoise(), Denoised(), stream, list(range(6)), 2, CPU)
+    found = [score for score, _ in score_clips(called, *given)]
+    assert {shape[0] for shape in sizes if shape[-1] == 16} == {1} and 2 in {shape[0] for shape in sizes}
+    alone = [score for score, _ in score_clips(network, *given[:-2], 1, CPU)]
+    for a, b in zip(found, alone, strict=True):
+        assert a.clip == b.clip and a.measures == pytest.approx(b.measures, rel=1e-6)
+
+    class Offering(Denoised):
+        def videos(self, network, encoder, batch, draws):
+            return {"again": {"prediction": batch["frames"].float() / 255}}
+
+    shown = further_videos(network, NoEncoder(), Offering(), stream, [2, 3], 2, CPU)
+    assert [columns["prediction"].shape[-1] for *_, columns in shown] == [12, 16]
+
+
 def test_every_column_is_scored_beside_the_baselines(network):
     score, columns = scores(network, 2)[0]
     assert {"psnr", "ssim", "loss", "brightness", "grey/psnr", "grey/ssim"} <= score.measures.keys()

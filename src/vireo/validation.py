@@ -55,13 +55,12 @@ def score_clips(
 
     The network is called with what the caller has set (evaluation mode, averaged weights). The loss does not learn; it
     sees each clip alone, since it gives one figure for all that it sees. A clip that cannot be read has no measures and
-    no columns.
+    no columns. Clips of several shapes are taken one by one.
     """
     learning, loss.learning = loss.learning, False
     unscored = {"target", *sampler.unscored}
     try:
-        for some in _batches(indices, batch_size):
-            samples = stream.samples([(position, 0) for position in some])
+        for some, samples in _batches(stream, indices, batch_size):
             # What stands in for a clip that cannot be read goes through the network, for all ranks to call it equally
             # often, but has no score.
             unreadable = [sample["bad"][0] if sample["bad"] else None for sample in samples]
@@ -106,8 +105,8 @@ def further_videos(
     device: torch.device,
 ) -> Iterator[tuple[int, str, dict[str, Tensor]]]:
     """The sampler's further videos of held-out clips: number of the clip, title, columns uint8 (T, C, H, W)."""
-    for some in _batches(indices, batch_size):
-        batch = stream.batch(some, device)
+    for some, samples in _batches(stream, indices, batch_size):
+        batch = to_device(collate(samples), device)
         draws = Draws(stream.seed, batch["position"], device)
         for title, columns in sampler.videos(network, encoder, encoder(batch, draws), draws).items():
             for row, index in enumerate(some):
@@ -190,6 +189,16 @@ def _loss(loss: Loss, network: nn.Module, batch: Mapping[str, Any], draws: Draws
     return float(sum(totals) / len(totals))
 
 
-def _batches(indices: Sequence[int], size: int) -> Iterator[list[int]]:
+def _batches(stream: Stream, indices: Sequence[int], size: int) -> Iterator[tuple[list[int], list[dict[str, Any]]]]:
+    """Clips and their samples, `size` at a time, or one by one where their shapes differ.
+
+    On all ranks alike, for all of them to call the network equally often.
+    """
     for start in range(0, len(indices), size):
-        yield list(indices[start : start + size])
+        some = list(indices[start : start + size])
+        samples = stream.samples([(position, 0) for position in some])
+        shapes = [[value.shape for value in sample.values() if isinstance(value, Tensor)] for sample in samples]
+        alike = all(distributed.gather(all(own == shapes[0] for own in shapes)))
+        for row in range(0, len(some), size if alike else 1):
+            end = row + (size if alike else 1)
+            yield some[row:end], samples[row:end]
