@@ -136,3 +136,6 @@ def test_mask_videos_are_split_at_half(tmp_path):
     frames[:, :, 4:12, :8] = 230
     write_video(tmp_path / "mask.mp4", frames, 8)
     assert torch.equal(read_hole(tmp_path / "mask.mp4", [0, 3]), (frames[[0, 3], 0] > 127).to(torch.uint8))
+    write_video(tmp_path / "single.mp4", frames[:1], 8)
+    one = (frames[:1, 0] > 127).to(torch.uint8)
+    assert torch.equal(read_hole(tmp_path / "single.mp4", range(3)), one.expand(3, -1, -1))

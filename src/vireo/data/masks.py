@@ -98,12 +98,13 @@ def read_hole(path: Path, indices: Sequence[int]) -> Tensor:
     """
     if path.suffix.lower() in IMAGE_SUFFIXES:
         return _marked(read_image(path)[None], 0).expand(len(indices), -1, -1)
+    darkest = 0 if path.is_dir() else 127
     with VideoReader(path) as video:
         if len(video) == 1:
-            return _marked(video.get([0]), 0).expand(len(indices), -1, -1)
+            return _marked(video.get([0]), darkest).expand(len(indices), -1, -1)
         if len(video) <= max(indices):
             raise BadVideoError(path, f"there are {len(video)} masks, frame {max(indices)} has none")
-        return _marked(video.get(list(indices)), 0 if path.is_dir() else 127)
+        return _marked(video.get(list(indices)), darkest)
 
 
 def _marked(pictures: Tensor, darkest: int) -> Tensor:
