@@ -57,7 +57,7 @@ def main(words: Sequence[str]) -> int:
         if score.unreadable:
             print(f"clip {score.clip} is left out: {score.name}: {score.unreadable}")
             continue
-        rates[score.clip] = fps or score.fps
+        rates[score.clip] = (fps or score.fps) if sample is None else (score.fps or fps)  # people's own keep theirs
         written = [] if name else show(columns, folder / f"clip_{score.clip:03d}", rates[score.clip], gif)
         if sample is not None and len(columns[sampler.result]) > 1:
             written.append(folder / (f"{name}.mp4" if name else f"clip_{score.clip:03d}_result.mp4"))
