@@ -13,9 +13,11 @@ from vireo.diffusion.noise_schedule import NoiseSchedule
 from vireo.errors import UserError
 from vireo.mini import tokenizers
 from vireo.models.inception import InceptionOutput
+from vireo.sampling import distribution_metrics
 from vireo.sampling.distribution_metrics import (
     ClipSimilarity,
     InceptionMeasures,
+    TemporalConsistency,
     VideoFid,
     frechet_distance,
     inception_score,
@@ -91,6 +93,7 @@ def test_without_weights_a_line_says_why():
     assert "pt_inception" in evaluate(InceptionMeasures())["all"]["note"]
     row = evaluate(ClipSimilarity())["all"]
     assert "clip-vit-large" in row["note"] and row["to_target"] is None and row["directional"] == "n/a: no captions"
+    assert "clip-vit-large" in evaluate(TemporalConsistency())["all"]["note"]
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +117,22 @@ def test_similarities_of_clip(clip_folder):
         assert -1 <= row["to_text"] <= 1 and not math.isnan(row["to_text"])
         assert row["directional"] == "n/a: no captions"
     assert len({row["to_text"] for row in rows.values()}) == len(rows)
+
+
+def test_a_video_that_stands_still_is_consistent_and_one_that_changes_less_so(clip_folder, monkeypatch):
+    def videos(given):
+        generator = torch.Generator().manual_seed(0)
+        for _ in given.indices:
+            moving = torch.rand(4, 3, 16, 16, generator=generator)
+            yield {}, {"target": moving, "still": moving[:1].expand_as(moving), "slow": moving[[0, 0, 1, 1]]}
+
+    monkeypatch.setattr(distribution_metrics, "columns", videos)
+    found = {name: row["temporal_consistency"] for name, row in evaluate(TemporalConsistency(str(clip_folder))).items()}
+    assert found["still"] == pytest.approx(1, abs=1e-5) and found["target"] < found["slow"] < 1
+
+
+def test_clips_of_a_single_frame_have_no_consistency(clip_folder):
+    assert evaluate(TemporalConsistency(str(clip_folder))) == {}
 
 
 def test_pictures_are_prepared_as_clips_own_processor_does(clip_folder):

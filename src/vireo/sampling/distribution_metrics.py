@@ -18,6 +18,7 @@ from vireo.sampling.evaluation import Evaluated
 
 ENOUGH_VIDEOS = 50
 ENOUGH = 2000  # pictures below which FID says more about their number than about them
+NO_CLIP = "not measured: folder names no CLIP model; openai/clip-vit-large-patch14 is meant"
 
 
 class InceptionMeasures:
@@ -104,8 +105,7 @@ class ClipSimilarity:
         """See `vireo.sampling.evaluation.Evaluation`."""
         none = {"to_target": None, "to_input": None, "to_text": None, "directional": "n/a: no captions"}
         if self.clip is None:
-            why = "not measured: folder names no CLIP model; openai/clip-vit-large-patch14 is meant"
-            return [{"column": "all", **none, "note": why}]
+            return [{"column": "all", **none, "note": NO_CLIP}]
         self.clip.to(given.device)
         found: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
         for batch, videos in columns(given):
@@ -120,6 +120,33 @@ class ClipSimilarity:
         return [
             {"column": name, **none, **{m: float(torch.stack(each).mean()) for m, each in measures.items()}, "note": ""}
             for name, measures in found.items()
+        ]
+
+
+class TemporalConsistency:
+    """Cosines in CLIP's space of successive frames, means over pairs and clips: TC of papers on video inpainting.
+
+    Rows: {"column", "temporal_consistency", "note"}, the target's among them. folder: as for `ClipSimilarity`.
+    """
+
+    def __init__(self, folder: str | None = None) -> None:
+        self.clip = None if folder is None else _Clip(Path(folder).expanduser())
+
+    @torch.no_grad()
+    def __call__(self, given: Evaluated) -> Sequence[Mapping[str, Any]]:
+        """See `vireo.sampling.evaluation.Evaluation`. Clips of a single frame have no pair and are left out."""
+        if self.clip is None:
+            return [{"column": "all", "temporal_consistency": None, "note": NO_CLIP}]
+        self.clip.to(given.device)
+        found: dict[str, list[Tensor]] = defaultdict(list)
+        for _, videos in columns(given):
+            if len(videos["target"]) > 1:
+                for name, video in {"target": videos["target"], **scored(videos)}.items():
+                    seen = self.clip.pictures(video)
+                    found[name].append((seen[1:] * seen[:-1]).sum(dim=-1).mean())
+        return [
+            {"column": name, "temporal_consistency": float(torch.stack(each).mean()), "note": ""}
+            for name, each in found.items()
         ]
 
 
