@@ -58,6 +58,14 @@ def test_stage_1_starts_from_the_spatial_part_of_the_released_unet(folders):
     assert equal(made.brushnet.state_dict(), weights(released / "brushnet"))
 
 
+def test_a_second_stage_without_a_first_one_is_told(folders, caplog):
+    for kind, source in (("none", None), ("released", None), ("adapter", "runs/stage1/export")):
+        DiffuEraser(**folders, motion_init=kind, init_from=source)
+    assert "stage 1" not in caplog.text
+    DiffuEraser(**folders, motion_init="adapter")
+    assert "no stage 1 of yours has trained: say init_from=<stage 1's run or export>" in caplog.text
+
+
 def test_other_starts(folders):
     made = DiffuEraser(**folders, unet_init="base", brushnet_init="from_unet")
     base = weights(Path(folders["base"]) / "unet")
