@@ -241,13 +241,13 @@ def test_any_videos_are_a_source(tmp_path):
     assert (whole["frames"][:, 0, 0, 0].int() - torch.arange(5) * 20).abs().max() < 4
 
 
-def test_videos_of_several_sizes_need_batches_of_one(roots):
-    write_frames(roots["davis"] / "JPEGImages/480p/cow", 6, size=(24, 56))
-    (roots["davis"] / "ImageSets/2017/val.txt").write_text("dog\ncow\n")
-    stream = Stream(clips(roots, "validation"), "validation", shuffle=False)
+def test_training_on_whole_pictures_of_several_sizes_needs_batches_of_one(roots):
+    write_frames(roots["davis"] / "JPEGImages/480p/cow", 9, size=(24, 56))
+    (roots["davis"] / "ImageSets/2017/train.txt").write_text("cow\nbear\n")
+    stream = Stream(clips(roots, crop="none", ytvos=None), 0, shuffle=False)
     with pytest.raises(UserError, match="differ in shape, frames.*batch_size=1"):
         collate(stream.samples([(0, 0), (1, 0)]))
-    assert collate(stream.samples([(1, 0)]))["frames"].shape == (1, 5, 3, 24, 56)
+    assert collate(stream.samples([(0, 0)]))["frames"].shape == (1, 5, 3, 16, 32)
 
 
 def test_upstreams_whole_pictures(roots):
@@ -272,6 +272,7 @@ def test_names_are_held_out(roots):
         ({"davis": None, "ytvos": None, "held_out": 0.1}, "all null"),
         ({"num_frames": 50}, "no video has num_frames=50"),
         ({"held_out": ["cow"]}, "held_out names cow"),
+        ({"num_frames": 7, "ytvos": None}, r"left to train on: 1 of 4 have num_frames=7.*davis 3 are shorter"),
         ({"repeat": {"davs": 2}}, "repeat names davs"),
         ({"reverse": 2.0}, "reverse is 2.0"),
         ({"masks": "nowhere"}, "masks is nowhere"),

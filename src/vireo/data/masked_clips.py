@@ -57,8 +57,9 @@ class MaskedClips:
     held_out: a list of DAVIS by its name; names of videos; a share of all videos; or "all", to judge on all there are.
     prompt: what the text encoder reads for every clip. reverse: probability that a clip runs backwards.
     crop: "center"; or "none" for the whole picture, as published first: the shorter side becomes the smaller of height
-    and width, sides are cut to multiples of 8, and masks are resized bilinearly. Then videos of several shapes need
-    batch_size=1, as they do with validation_size "native", which leaves validation clips as large as they are.
+    and width, sides are cut to multiples of 8, and masks are resized bilinearly (and split at half, where the published
+    code keeps fractions at their edges). Then videos of several shapes need batch_size=1.
+    validation_size: "native" leaves validation clips as large as they are; "crop" makes them as those of training.
     max_bad_fraction: largest share of videos that cannot be read; they are left out and reported.
     allow_outside_root: whether DAVIS's lists may name videos outside its folder of frames.
     Videos of fewer than num_frames frames are left out and counted. Raises UserError if nothing is left, or for what
@@ -108,6 +109,11 @@ class MaskedClips:
         self._report(usable)
         held_out_here = self._held_out(entries, set(usable))
         wanted = {name: entry for name, entry in usable.items() if (name in held_out_here) == (split == "validation")}
+        if not wanted and split == "train" and held_out != "all":
+            raise UserError(
+                f"no video is left to train on: {len(usable)} of {len(entries)} have num_frames={num_frames} frames "
+                f"({self._shorter()}), and held_out={held_out} takes these: lower num_frames or hold out others"
+            )
         self.videos = wanted
         times = self.repeat if split == "train" else dict.fromkeys(SOURCES, 1)
         self.order = [name for name in wanted for _ in range(times[_source(name)])]
@@ -274,14 +280,17 @@ class MaskedClips:
 
     def _report(self, usable: Mapping[str, Entry]) -> None:
         if not usable:
-            counts = ", ".join(f"{source} {count}" for source, count in self.too_short.items())
-            raise UserError(f"no video has num_frames={self.num_frames} frames ({counts} are shorter): lower it")
+            raise UserError(f"no video has num_frames={self.num_frames} frames ({self._shorter()}): lower it")
         if self.split == "train":  # once, not for each split
             for source, count in self.too_short.items():
                 logger.warning("%d videos of %s have fewer than %d frames", count, source, self.num_frames)
             if self.bad:
                 reasons = shortened([f"{name}: {reason}" for name, reason in self.bad.items()])
                 logger.warning("videos that cannot be read are left out:\n%s", reasons)
+
+    def _shorter(self) -> str:
+        counts = [f"{source} {count}" for source, count in self.too_short.items()]
+        return f"{', '.join(counts) or 'none'} are shorter"
 
     def _held_out(self, entries: Mapping[str, Entry], usable: set[str]) -> set[str]:
         rule = self.held_out
