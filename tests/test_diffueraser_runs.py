@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import MotionAdapter, UNet2DConditionModel, UNetMotionModel
+from PIL import Image
 from safetensors.torch import load_file
 
 from tests import runs
 from vireo import cli, launch, run_folder
+from vireo.data.masks import dilate, read_hole
 from vireo.mini import world
 from vireo.models.brushnet import BrushNetModel
 
@@ -23,6 +25,12 @@ SHORT += ["model.encoder.dtype=fp32", "model.sampler.num_inference_steps=1", "da
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "diffusion_pytorch_model.safetensors")
+
+
+def annotated(davis: Path) -> float:
+    """How much of the first frames of the first held-out video is hole."""
+    name = (davis / "ImageSets/2017/val.txt").read_text().split()[0]
+    return float(dilate(read_hole(davis / "Annotations/480p" / name, range(3)), 4).float().mean())
 
 
 def equal(one, two):
@@ -43,6 +51,7 @@ def test_the_chain_on_real_frames(tmp_path, monkeypatch, capfd):
         f"data.ytvos={samples / 'ytvos_sample'}",
     ]
     words += ["num_frames=3", "batch_size=2", "lr=1e-3", "run=real", f"paths.outputs={tmp_path}"]
+    words += ["chain.stage1.validation.at_start=true", "chain.stage1.data.validation_size=native"]
     deadly = ["real-stage1", "real-stage2"]
 
     def killed_once(resolved, launcher, held):
@@ -56,6 +65,12 @@ def test_the_chain_on_real_frames(tmp_path, monkeypatch, capfd):
         codes.append(cli.vireo())
     assert codes == [signal.SIGKILL, signal.SIGKILL, 0], capfd.readouterr()
     first, second = (folder / "export" for folder in run_folder.stages(tmp_path / "diffueraser" / "real").values())
+    (row,) = (row for row in runs.metrics(first.parent) if "validation/hole_psnr" in row and row["step"] == 0)
+    assert row["validation/hole_fraction"] == pytest.approx(annotated(samples / "davis_sample"), rel=0.01)
+    shown = first.parent / "samples" / "step_00000000"
+    assert {path.name for path in shown.iterdir()} == {f"clip_000.{end}" for end in ("gif", "mp4", "png")}
+    with Image.open(shown / "clip_000.gif") as gif:
+        assert gif.n_frames == 3 and gif.height >= 240, "as large as the video"
     stage1, stage2 = first / "finetuned-stage1", second / "finetuned-stage2"
     for kind, folder in (
         (UNet2DConditionModel, stage1 / "unet_main"),
