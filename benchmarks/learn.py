@@ -76,9 +76,10 @@ CASES = {
 }
 
 
-# The stages of DiffuEraser on the same clips and noise. All holes move, so what they hide is seen in other frames.
+# The stages of DiffuEraser on the same clips. All holes move, so what they hide is seen in other frames. Both start
+# from the same noise, the first one once more in its own way, from one noise for all frames.
 MOVING_HOLES = ["data.mask.p_static=0", "data.num_frames=9", "model.sampler.window=9"]
-MOVING_HOLES += ["model.sampler.noise=independent"]
+INDEPENDENT = ["model.sampler.noise=independent"]
 
 
 def one_clip(words: list[str]) -> Path:
@@ -157,7 +158,8 @@ def main() -> None:
             print(f"loss of the best constant prediction: {constant(CASES[case]):.4f}")
         if case == "diffueraser":
             for folder in folders:
-                evaluate(folder, *MOVING_HOLES)
+                evaluate(folder, *MOVING_HOLES, *INDEPENDENT)
+            evaluate(folders[0], *MOVING_HOLES, f"out={folders[0].resolve()}/evaluation/shared_noise")
 
 
 if __name__ == "__main__":

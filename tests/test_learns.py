@@ -15,6 +15,15 @@ def test_fine_tuning_the_shipped_student_gains_at_once(tmp_path):
     assert end["validation/psnr"] > start["validation/psnr"] + 0.3
 
 
+def test_a_network_that_knows_nothing_begins_to_fill_holes(tmp_path):
+    world.ensure()
+    words = ["experiment=diffueraser_stage1", "steps=40", "warmup_steps=5", "batch_size=4", "validation.every=null"]
+    words += ["validation.clips=2", "model.sampler.num_inference_steps=1", "validation.gif=false", "ema.decay=0"]
+    folder = runs.train(tmp_path, *words, "tracker=none", "loader.workers=0", shrunk=False)
+    start, end = (row["validation/loss"] for row in runs.metrics(folder) if "validation/loss" in row)
+    assert end < 0.8 * start and end < 1, "1 is the variance of what is to be predicted"
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_trains_resumes_and_stays_close_to_full(tmp_path, precision):
     world.ensure()
