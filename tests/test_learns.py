@@ -21,7 +21,7 @@ def test_a_network_that_knows_nothing_begins_to_fill_holes(tmp_path):
     words += ["validation.clips=2", "model.sampler.num_inference_steps=1", "validation.gif=false", "ema.decay=0"]
     folder = runs.train(tmp_path, *words, "tracker=none", "loader.workers=0", shrunk=False)
     start, end = (row["validation/loss"] for row in runs.metrics(folder) if "validation/loss" in row)
-    assert end < 0.8 * start and end < 1, "1 is the variance of what is to be predicted"
+    assert end < 0.8 * start
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
