@@ -264,6 +264,25 @@ def test_a_config_of_a_run_may_call_no_more_than_others():
             config.from_text(config.to_text({**settings, **hostile}))
 
 
+@pytest.mark.parametrize(
+    "target",
+    [
+        "vireo.launch.os.system",  # a module that another one imports
+        "torch.nn.modules.module.functools.partial",
+        "torch.nn.modules.module.torch.load",
+        "vireo.config.instantiation.ModuleType",  # what it imports from one
+        "vireo.checkpoint.Path.unlink",
+        "vireo.checkpoint.log.info",  # an object of its own, of a class that is not
+        "vireo.checkpoint.Checkpoint.__class__",
+        "vireo.checkpoint.save.__globals__.get",
+        "vireo.checkpoint.__loader__.get_data",
+    ],
+)
+def test_a_target_does_not_lead_out_of_its_package(target):
+    with pytest.raises(UserError, match="may not be called by a config: it is of "):
+        config.instantiate({"_target_": target})
+
+
 def test_a_network_of_a_hostile_init_from_keeps_its_weights(tmp_path):
     network = ToyNetwork()
     before = {name: value.clone() for name, value in network.state_dict().items()}

@@ -6,6 +6,7 @@ functions are plain `functools.partial`s, so nothing of Hydra or OmegaConf gets 
 
 import functools
 import importlib
+from types import ModuleType
 from typing import Any
 
 from vireo.errors import UserError
@@ -33,15 +34,30 @@ def instantiate(node: dict[str, Any], **arguments: Any) -> Any:
 
 
 def locate(path: str) -> Any:
-    """What a dotted path names; modules on the way are imported."""
+    """What a dotted path names; modules on the way are imported.
+
+    Raises UserError for what the path's package has not defined but imported: vireo.launch.os.system is not vireo's.
+    """
     first, *rest = path.split(".")
-    found, module = importlib.import_module(first), first
+    found, walked = importlib.import_module(first), first
     for name in rest:
-        module = f"{module}.{name}"
+        walked = f"{walked}.{name}"
         if not hasattr(found, name):
-            importlib.import_module(module)
+            importlib.import_module(walked)
         found = getattr(found, name)
+        if isinstance(found, ModuleType) and found.__name__ != walked:
+            raise _elsewhere(path, first, found.__name__)
+    home = str(getattr(found, "__module__", None))
+    if home.partition(".")[0] != first:
+        raise _elsewhere(path, first, home)
     return found
+
+
+def _elsewhere(path: str, package: str, home: str) -> UserError:
+    return UserError(
+        f"{path} may not be called by a config: it is of {home}, not of {package}. Name it by its own path, which "
+        "allow_targets may have to allow, or write a function around it"
+    )
 
 
 def _made(value: Any) -> Any:
