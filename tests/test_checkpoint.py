@@ -110,6 +110,16 @@ def test_retention_keeps_the_newest_the_best_and_the_multiples(tmp_path):
     assert checkpoint.retain(tmp_path, keep_last=0, keep_every=None, best=None) == [10, 20, 40]
 
 
+def test_a_damaged_one_that_was_passed_over_does_not_outlive_a_good_one(tmp_path):
+    save(tmp_path, 10, 1000)
+    flip(checkpoint.folder_of(tmp_path, 1000) / "network.safetensors")
+    assert checkpoint.set_damaged_aside(tmp_path, checkpoint.latest(tmp_path)) == [1000]
+    save(tmp_path, 20)
+    assert checkpoint.retain(tmp_path, keep_last=1, keep_every=None, best=None) == [10]
+    assert checkpoint.latest(tmp_path).step == 20
+    assert (tmp_path / "checkpoints" / "step_00001000.damaged").is_dir()
+
+
 def test_a_checkpoint_that_is_adopted_is_the_newest(tmp_path):
     save(tmp_path / "other", 20)
     other = checkpoint.folder_of(tmp_path / "other", 20)

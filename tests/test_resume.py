@@ -135,6 +135,18 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, undisturbed
     same(folder, undisturbed[1])
 
 
+def test_where_every_checkpoint_is_damaged_it_begins_anew_and_keeps_what_was(tmp_path, undisturbed):
+    folder = runs.make(tmp_path, ["checkpoint.keep_last=1", "checkpoint.keep_best=false"])
+    assert runs.work(folder, runs.die_at(7)) == -signal.SIGKILL
+    assert checkpoint.steps(folder) == [6]
+    (checkpoint.folder_of(folder, 6) / "manifest.json").unlink()
+    before = (folder / "metrics.jsonl").read_bytes()
+    assert runs.work(folder) == 0
+    assert (folder / "metrics.jsonl.damaged").read_bytes() == before
+    assert (folder / "checkpoints" / "step_00000006.damaged").is_dir()
+    assert runs.metrics(folder) == runs.metrics(undisturbed[1]) and checkpoint.latest(folder).step == 8
+
+
 def test_writing_in_the_background_changes_nothing(tmp_path, undisturbed):
     folder = runs.train(tmp_path, "checkpoint.background=true")
     same(folder, undisturbed[1])

@@ -136,6 +136,23 @@ def latest(run_folder: Path, before: int | None = None) -> Checkpoint | None:
     return None
 
 
+def set_damaged_aside(run_folder: Path, found: Checkpoint | None) -> list[int]:
+    """Rename what `latest` has passed over before it found this, so that `retain` takes none of them for the newest.
+
+    They become `step_<n>.damaged`. Returns their steps. The caller holds the run's lock, and goes on from `found`.
+    """
+    damaged = [step for step in steps(run_folder) if found is None or step > found.step]
+    for step in damaged:
+        _set_aside(folder_of(run_folder, step), ".damaged")
+    return damaged
+
+
+def _set_aside(folder: Path, suffix: str) -> Path:
+    aside = folder.with_suffix(suffix)
+    shutil.rmtree(aside, ignore_errors=True)
+    return folder.rename(aside)
+
+
 def adopt(run_folder: Path, source: Path) -> None:
     """Make a checkpoint, of this run or of another one, the one that this run goes on from: its newest.
 
@@ -151,9 +168,7 @@ def adopt(run_folder: Path, source: Path) -> None:
     for step in steps(run_folder):
         if step > found.step or (step == found.step and not own):
             there = folder_of(run_folder, step)
-            aside = there.with_suffix(".aside")
-            shutil.rmtree(aside, ignore_errors=True)
-            there.rename(aside)
+            aside = _set_aside(there, ".aside")
             log.warning("%s is set aside as %s, since the run goes on from step %d", there, aside.name, found.step)
     if not own:
         temporary.rename(final)

@@ -123,6 +123,11 @@ class Run:
         if distributed.is_main():
             checkpoint.clean(self.folder)
             found = checkpoint.latest(self.folder)
+            damaged = checkpoint.set_damaged_aside(self.folder, found)
+            metrics = self.folder / "metrics.jsonl"
+            if damaged and found is None and metrics.exists():
+                log.error("none of %d checkpoints is good: the run begins anew, its old figures are kept", len(damaged))
+                metrics.replace(metrics.with_suffix(".jsonl.damaged"))
         return distributed.gather(found)[0]
 
     def resume(self) -> Progress:
