@@ -261,9 +261,23 @@ def test_a_loss_spike_is_turned_away_where_a_limit_is_set(limit, skipped):
     incidents = []
     _, _, figures, progress = run(steps=26, loss=Spiky(at=23), max_loss_rise=limit, record=incidents.append)
     assert progress.skipped == skipped and [incident.step for incident in incidents] == [23] * skipped
-    assert (progress.usual_loss is None) == (limit is None)
     if limit == 10:
         assert progress.usual_loss == pytest.approx(sum(losses(figures)[:20]) / 20, rel=0.2)
+
+
+def test_the_guard_counts_finite_losses_only_and_goes_on_where_it_stopped():
+    values = [1.0, math.nan, *(1.0 + 0.1 * (i % 3) for i in range(30)), math.inf]
+    whole, first = faults.LossSpikes(10), faults.LossSpikes(10)
+    for value in values:
+        whole.guarded(torch.tensor(value))
+    for value in values[:12]:  # too few to judge by
+        first.guarded(torch.tensor(value))
+    again = faults.LossSpikes(10, first.usual, first.seen)
+    for value in values[12:]:
+        again.guarded(torch.tensor(value))
+    assert (again.usual, again.seen) == (whole.usual, whole.seen) and whole.seen == 31
+    assert math.isnan(whole.guarded(torch.tensor(12.0))) and whole.guarded(torch.tensor(9.0)) == 9
+    assert faults.LossSpikes(10, first.usual, 19).guarded(torch.tensor(99.0)) == 99
 
 
 def test_a_step_that_is_turned_away_is_recorded_with_its_samples_and_terms():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import signal
 import time
@@ -143,14 +144,13 @@ class LossSpikes:
     """Turns steps away whose loss rises above `limit` times its running mean; a `limit` of None never looks.
 
     What is compared is the mean over ranks, which every rank then knows, at the price of waiting for it.
-    usual: the running mean, over about 50 micro-batches; None until 20 of them were seen.
+    usual: the running mean of finite losses, over about 50 micro-batches. seen: how many it has; 20 make it a judge.
     """
 
     BEFORE, WEIGHT = 20, 0.02
 
-    def __init__(self, limit: float | None, usual: float | None = None) -> None:
-        self.limit, self.usual = limit, usual
-        self._first: list[float] = []
+    def __init__(self, limit: float | None, usual: float = 0.0, seen: int = 0) -> None:
+        self.limit, self.usual, self.seen = limit, usual, seen
 
     def guarded(self, loss: Tensor) -> Tensor:
         """The loss itself, or one that makes the gradient non-finite, which no strategy lets through."""
@@ -159,15 +159,13 @@ class LossSpikes:
         from vireo import distributed
 
         value = distributed.average({"loss": float(loss.detach())})["loss"]
-        if self.usual is None:
-            self._first.append(value)
-            if len(self._first) == self.BEFORE:
-                self.usual = sum(self._first) / self.BEFORE
-        elif value > self.limit * self.usual:
+        if not math.isfinite(value):
+            return loss  # another guard's business
+        if self.seen >= self.BEFORE and value > self.limit * self.usual:
             log.error("the loss is %.4g, its running mean %.4g: no update (faults.max_loss_rise)", value, self.usual)
             return loss * float("nan")
-        elif value == value:  # what is not finite is another guard's business
-            self.usual += self.WEIGHT * (value - self.usual)
+        self.seen += 1
+        self.usual += max(self.WEIGHT, 1 / self.seen) * (value - self.usual)
         return loss
 
 

@@ -32,13 +32,14 @@ class Progress(NamedTuple):
     """Where a run is.
 
     step: optimizer steps made. position: samples seen, the stream's next position. skipped: updates turned away.
-    usual_loss: what `faults.LossSpikes` compares with; None where nothing is compared.
+    usual_loss, losses_seen: what `faults.LossSpikes` compares with, and how many losses went into it.
     """
 
     step: int
     position: int
     skipped: int
-    usual_loss: float | None = None
+    usual_loss: float = 0.0
+    losses_seen: int = 0
 
 
 def train(
@@ -80,7 +81,7 @@ def train(
     base_rates = [group["lr"] for group in optimizer.param_groups]
     several_groups = len({group["name"] for group in optimizer.param_groups}) > 1
     verdicts = Verdicts(max_consecutive_skips, progress.skipped, record)
-    spikes = faults.LossSpikes(max_loss_rise, progress.usual_loss)
+    spikes = faults.LossSpikes(max_loss_rise, progress.usual_loss, progress.losses_seen)
     room = faults.Room()
     stopwatch = Stopwatch()
 
@@ -143,7 +144,7 @@ def train(
             state = {"lr": optimizer.defaults["lr"] * rate, **{name: float(value) for name, value in norms.items()}}
             counts = {"skipped_steps": verdicts.skipped, "bad_files": len(bad_files), "memory_retries": room.retries}
             report(step + 1, {**means, **state, **counts, **stopwatch.lap()})
-        progress = Progress(step + 1, seen, verdicts.skipped, spikes.usual)
+        progress = Progress(step + 1, seen, verdicts.skipped, spikes.usual, spikes.seen)
 
         if flags & faults.BAD_DATA:
             raise bad_files.error()

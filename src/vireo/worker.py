@@ -144,7 +144,7 @@ class Run:
         self.best, self.tracker_id = found.state["best"], found.state["tracker_id"]
         log.info("resumed from %s: step %d of %d", found.folder, found.step, self.steps)
         state = found.state
-        return Progress(found.step, state["position"], state["skipped"], state.get("usual_loss"))
+        return Progress(found.step, state["position"], state["skipped"], state["usual_loss"], state["losses_seen"])
 
     def _keep_global_batch(self, wanted: int) -> None:
         """On another number of processes the accumulation changes, so that each step sees the same samples."""

@@ -52,6 +52,7 @@ def test_hash_changes_with_what_shapes_the_result():
         ("freeze_policy.train", ["^decoder"]), ("model.network.num_memblocks", 2), ("model.network.weights", None),
         ("loss.decoder_input", "teacher"), ("data.flip", 0.25), ("optimizer.betas", [0.9, 0.99]), ("adapter", {"a": 1}),
         ("init_from", "somewhere"), ("gradient_accumulation", 2), ("epochs", 2.0), ("experiment", "other"),
+        ("faults.max_loss_rise", 3.0),
     ]  # fmt: skip
     for key, value in changes:
         changed = copy.deepcopy(settings)

@@ -11,8 +11,9 @@ from typing import Any
 # it is called. (The size is in its numbers; `interpolations` only says where values come from.)
 NOT_PART_OF_A_RUN = (
     "run", "resume", "preempt_at", "max_hours", "notes", "tags", "allow_changes", "allow_targets", "interpolations",
-    "machine", "mini_of", "launcher", "strategy", "logging", "tracker", "validation", "checkpoint", "loader", "faults",
-    "cache", "paths.outputs", "model.sampler", "model.checks", "model.evaluations",
+    "machine", "mini_of", "launcher", "strategy", "logging", "tracker", "validation", "checkpoint", "loader",
+    "faults.max_consecutive_skips", "faults.max_consecutive_save_failures", "cache", "paths.outputs", "model.sampler",
+    "model.checks", "model.evaluations",
 )  # fmt: skip
 LENGTH = ("steps", "epochs")
 DIGITS = 8  # of the hash: 32 bits, for the few runs of one experiment
