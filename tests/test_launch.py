@@ -92,11 +92,13 @@ def test_a_run_leaves_what_it_promises_and_the_same_command_does_nothing_more(vi
 def test_a_named_run_can_be_lengthened_but_not_changed(vireo, tmp_path):
     assert vireo("train", *runs.TINY, "run=mine", "steps=3")[0] == 0
     code, said = vireo("train", *runs.TINY, "run=mine", "steps=5")
-    assert code == 0 and "resumed from" in said
+    assert code == 0 and "resumed from" in said and "changed: steps: 3 in the run, 5 now\n" in said
     assert [row["step"] for row in runs.metrics(tmp_path / "taehv" / "mine") if "loss" in row] == [1, 2, 3, 4, 5]
     code, said = vireo("train", *runs.TINY, "run=mine", "steps=6", "lr=0.5", "seed=7")
     assert code == 2 and "lr: 0.0005 in the run, 0.5 now" in said and "seed: 0 in the run, 7 now" in said
-    assert vireo("train", *runs.TINY, "run=mine", "steps=6", "lr=0.5", "allow_changes=[lr]")[0] == 0
+    assert vireo("train", *runs.TINY, "run=mine", "steps=6", "lr=0.5", "allow_changes=[lr]", "loader.workers=1")[0] == 0
+    told = "changed: loader.workers: 0 in the run, 1 now; lr: 0.0005 in the run, 0.5 now; steps: 5 in the run, 6 now\n"
+    assert told in (tmp_path / "taehv" / "mine" / "train.log").read_text()
 
 
 def test_a_run_that_preempts_itself_equals_an_undisturbed_one(vireo, tmp_path):

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -167,7 +168,9 @@ def run(settings: dict[str, Any], overrides: Sequence[str]) -> Job:
         raise UserError(f"resume is '{named}'; expected auto, none, or the folder of a checkpoint (there is none)")
     _make(folder)
     settings = {**settings, "resume": "auto"}  # what restarts and workers see
-    _refuse_other_config(folder, settings)
+    before = _config_before(folder)
+    if before:
+        _refuse_other_config(folder, before, settings)
     done = None if named else run_folder.finished(folder)
     if done and not _longer(settings, done):
         print(
@@ -178,6 +181,8 @@ def run(settings: dict[str, Any], overrides: Sequence[str]) -> Job:
     with run_folder.lock(folder) as held:
         if named:
             checkpoint.adopt(folder, named)
+        if before:
+            _tell_changes(folder, before, settings)
         config.save_resolved(settings, folder / "resolved.yaml")
         run_folder.write_json(folder / "overrides.json", list(overrides))
         run_folder.write_json(folder / "environment.json", run_folder.environment() | {"job": ranks.job()})
@@ -227,18 +232,31 @@ def _longer(settings: dict[str, Any], done: dict[str, Any]) -> bool:
     return bool(settings["epochs"]) or settings["steps"] > done["step"]
 
 
-def _refuse_other_config(folder: Path, settings: dict[str, Any]) -> None:
-    """A folder goes on only with the config it began with; length, logging and the like may differ."""
+def _config_before(folder: Path) -> dict[str, Any] | None:
+    """What a folder that goes on was run with last."""
     path = folder / "resolved.yaml"
-    if not path.exists() or not (folder / "checkpoints").is_dir():
-        return
-    differences = config.differences(config.load_resolved(path), settings, settings["allow_changes"] or [])
+    return config.load_resolved(path) if path.exists() and (folder / "checkpoints").is_dir() else None
+
+
+def _refuse_other_config(folder: Path, before: dict[str, Any], settings: dict[str, Any]) -> None:
+    """A folder goes on only with the config it began with; length, logging and the like may differ."""
+    differences = config.differences(before, settings, settings["allow_changes"] or [])
     if differences:
         raise UserError(
             f"{folder} was trained with another config:\n"
             + "\n".join(f"  {line}" for line in differences)
             + "\nGive this one another name (run=…), or allow what may change (allow_changes=[lr,…])"
         )
+
+
+def _tell_changes(folder: Path, before: dict[str, Any], settings: dict[str, Any]) -> None:
+    """What is another value than when the folder was run last: one line on the console and in its log."""
+    changes = config.changes(before, settings)
+    if changes:
+        line = f"changed: {'; '.join(changes)}"
+        print(line, flush=True)
+        with run_folder.dispensable("that line"), run_folder.log_file(folder, 0).open("a") as log:
+            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} INFO {line}\n")
 
 
 def start(resolved: Path, launcher: dict[str, Any], held: int) -> int:

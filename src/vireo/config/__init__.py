@@ -17,6 +17,7 @@ from vireo.config.composition import compose, explain_mistakes, problems, requir
 from vireo.config.describe import banner, describe_experiments, experiments, public
 from vireo.config.identity import (
     cache_name,
+    changes,
     config_hash,
     differences,
     run_folder,
@@ -41,8 +42,9 @@ from vireo.config.search import conf_dir, register
 from vireo.config.validation import validate
 
 __all__ = [
-    "Problem", "banner", "cache_name", "change", "compose", "conf_dir", "config_hash", "describe_experiments",
-    "differences", "experiments", "explain_mistakes", "from_text", "instantiate", "load_resolved", "outputs_folder",
-    "problems", "public", "register", "report", "require_sweeper", "resolve", "run_folder", "run_name",
-    "save_resolved", "settings", "settled", "source_hash", "stages", "swept", "text_hash", "to_text", "validate",
+    "Problem", "banner", "cache_name", "change", "changes", "compose", "conf_dir", "config_hash",
+    "describe_experiments", "differences", "experiments", "explain_mistakes", "from_text", "instantiate",
+    "load_resolved", "outputs_folder", "problems", "public", "register", "report", "require_sweeper", "resolve",
+    "run_folder", "run_name", "save_resolved", "settings", "settled", "source_hash", "stages", "swept", "text_hash",
+    "to_text", "validate",
 ]  # fmt: skip

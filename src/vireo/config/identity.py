@@ -91,13 +91,20 @@ def differences(old: dict[str, Any], new: dict[str, Any], allow_changes: Sequenc
 
     Free to differ are the length, everything that does not shape the result, and the keys (or nodes) of allow_changes.
     """
-    before, now = _facts(old), _facts(new)
-    lines = []
-    for key in sorted(before.keys() | now.keys()):
-        if _within(key, [*LENGTH, *allow_changes]) or before.get(key, _NONE) == now.get(key, _NONE):
-            continue
-        lines.append(f"{key}: {_shown(before, key)} in the run, {_shown(now, key)} now")
-    return lines
+    return _lines(_facts(old), _facts(new), [*LENGTH, *allow_changes])
+
+
+def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Every value in which two resolved configs differ, whether it may or not: one line each."""
+    return _lines(dict(_flat(old)), dict(_flat(new)), ["interpolations", "allow_changes"])
+
+
+def _lines(before: dict[str, Any], now: dict[str, Any], free: Sequence[str]) -> list[str]:
+    return [
+        f"{key}: {_shown(before, key)} in the run, {_shown(now, key)} now"
+        for key in sorted(before.keys() | now.keys())
+        if not _within(key, free) and before.get(key, _NONE) != now.get(key, _NONE)
+    ]
 
 
 _NONE = object()
