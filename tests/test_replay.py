@@ -1,5 +1,7 @@
 """A step that was turned away is made again: the same weights, the same samples, one at a time."""
 
+import shutil
+
 import pytest
 
 from tests import runs
@@ -9,7 +11,7 @@ from vireo.losses.autoencoder import Autoencoder
 from vireo.mini import world
 from vireo.verbs import replay
 
-STEP = 4  # counted from 0; the newest checkpoint before it is that of step 3
+STEP = 4  # counted from 0; the newest checkpoint before it is that of four steps
 BROKEN = 9  # the position of one of its two samples
 
 
@@ -45,11 +47,21 @@ def test_the_broken_sample_is_found(poisoned_run, monkeypatch, capsys):
     before = sorted(path.name for path in poisoned_run.rglob("*"))
     assert replay.main([f"run={poisoned_run}"]) == 0
     said = capsys.readouterr().out
+    assert "making it again, 0 step(s) after step_00000004 …" in said
     name = incidents.read(poisoned_run, STEP).samples[1][1]
     assert f"{name}: gradients that are not finite: " in said and "and" in said.splitlines()[-1]
     rows = {line.split()[0]: line.split()[-1] for line in said.splitlines() if line.split()[0] in ("8", "9")}
     assert rows == {"8": "True", "9": "False"}
     assert sorted(path.name for path in poisoned_run.rglob("*")) == before, "nothing is written into the run"
+
+
+def test_where_no_checkpoint_before_it_is_left_it_goes_from_the_beginning_and_says_so(poisoned_run, tmp_path, capsys):
+    folder = tmp_path / "pruned"
+    shutil.copytree(poisoned_run, folder)
+    for path in (folder / "checkpoints").glob("step_0000000[34]"):
+        shutil.rmtree(path)
+    assert replay.main([f"run={folder}"]) == 0
+    assert "again, 4 step(s) after the beginning, since no checkpoint before it is left" in capsys.readouterr().out
 
 
 def test_the_step_is_reached_with_the_weights_that_it_began_with(poisoned_run, tmp_path):

@@ -20,7 +20,7 @@ from vireo.faults import TooManyFaults
 log = logging.getLogger(__name__)
 
 FOLDER = "incidents"
-MOST = 100  # files in a run's folder; a run that is turned away so often says nothing new any more
+MOST = 100  # files in a run's folder; the newest say why it ended
 
 
 class Incident(NamedTuple):
@@ -103,14 +103,17 @@ class Verdicts:
 
 
 def write(run_folder: Path, incident: Incident) -> None:
-    """Keep an incident in the run's folder, up to MOST of them. Only the main process calls this."""
+    """Keep an incident in the run's folder, and MOST of those before. Only the main process calls this."""
     folder = run_folder / FOLDER
     folder.mkdir(exist_ok=True)
-    if sum(1 for _ in folder.glob("step_*.json")) < MOST:
-        path = folder / f"step_{incident.step:08d}.json"
-        # JSON has no NaN, so numbers that are not finite are words.
-        terms = [{name: _number(value) for name, value in of_rank.items()} for of_rank in incident.terms]
-        path.write_text(json.dumps({**incident._asdict(), "terms": terms}, indent=1))
+    # JSON has no NaN, so numbers that are not finite are words.
+    terms = [{name: _number(value) for name, value in of_rank.items()} for of_rank in incident.terms]
+    path = folder / f"step_{incident.step:08d}.json"
+    path.write_text(json.dumps({**incident._asdict(), "terms": terms}, indent=1))
+    # By time: after a resume, steps that lie behind may stand in the folder already.
+    by_age = sorted(folder.glob("step_*.json"), key=lambda path: (path.stat().st_mtime_ns, path.name))
+    for old in by_age[:-MOST]:
+        old.unlink()
 
 
 def steps(run_folder: Path) -> list[int]:

@@ -39,7 +39,7 @@ class Sample:
 
 
 class _Again(Run):
-    """A run that goes silently to a step and makes it one sample at a time."""
+    """A run that goes to a step, writes nothing on the way, and makes it one sample at a time."""
 
     def __init__(self, settings: dict[str, Any], folder: Path, scratch: Path, step: int) -> None:
         self.original, self.target = folder, step
@@ -60,6 +60,8 @@ class _Again(Run):
 
     def reach(self) -> Progress:
         progress = self.resume()
+        start = self.found.folder.name if self.found else "the beginning, since no checkpoint before it is left"
+        print(f"making it again, {self.target - progress.step} step(s) after {start} …", flush=True)
         self.at_boundary(progress, last=False)
         return self.advance(progress) if progress.step < self.target else progress
 

@@ -25,7 +25,7 @@ def main(words: Sequence[str]) -> int:
         rest = f"; there are {', '.join(map(str, known))}" if known else ""
         raise UserError(f"{given.folder}: {asked} was turned away and kept in {incidents.FOLDER}/{rest}")
     incident = incidents.read(given.folder, step)
-    print(f"step {step} of {given.folder}, {incident.diagnosis()}\nmaking it again …", flush=True)
+    print(f"step {step} of {given.folder}, {incident.diagnosis()}", flush=True)
     samples = replay(given.settings, given.folder, incident)
     rows = [
         {"position": s.position, "sample": s.name, **s.terms, "gradient norm": s.gradient_norm, "finite": s.finite}
