@@ -40,6 +40,15 @@ def test_a_difference_is_seen(drilled, tmp_path):
     assert "of step" in (drill.difference(undisturbed, other, exact=True) or "")
 
 
+def test_a_run_that_logged_other_steps_is_a_difference(tmp_path):
+    for name, count in (("one", 3), ("two", 2)):
+        (tmp_path / name).mkdir()
+        rows = "".join(f'{{"step": {step}, "loss": 1.0}}\n' for step in range(count))
+        (tmp_path / name / "metrics.jsonl").write_text(rows)
+    told = drill.difference(tmp_path / "one", tmp_path / "two", exact=True)
+    assert told == "2 steps were logged, 3 in an undisturbed run"
+
+
 def test_a_run_that_does_not_survive_is_told(drilled, monkeypatch):
     def forgetful():
         from vireo import checkpoint

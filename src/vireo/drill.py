@@ -131,7 +131,10 @@ def _survives(
 
 def difference(one: Path, two: Path, exact: bool) -> str | None:
     """The first thing in which two finished runs differ: logged figures or tensors of the last checkpoint."""
-    for a, b in zip(_logged(one), _logged(two), strict=True):
+    first, second = _logged(one), _logged(two)
+    if len(first) != len(second):
+        return f"{len(second)} steps were logged, {len(first)} in an undisturbed run"
+    for a, b in zip(first, second, strict=True):
         for name in a.keys() | b.keys():
             x, y = a.get(name), b.get(name)
             is_loss = name == "loss" or name == "step"
