@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests import runs
-from vireo import checkpoint
+from vireo import checkpoint, faults
 from vireo.mini import world
 
 WORDS = ["checkpoint.every=1", "checkpoint.keep_last=2", "faults.max_consecutive_save_failures=9"]
@@ -79,6 +79,39 @@ def test_each_writer_fails_once(tmp_path, undisturbed):
         assert told in log
     assert runs.metrics(folder) == runs.metrics(undisturbed)
     assert checkpoint.latest(folder).step == 8 and not list((folder / "checkpoints").glob(".*"))
+
+
+def fail_at_the_end(export):
+    """Sabotage: there is no room for the last picture, and none for the last export or the marker of the end."""
+
+    def arm():
+        from vireo import report, run_folder
+        from vireo.models.taehv import TAEHV
+
+        def full(*args):
+            raise OSError(28, "No space left on device")
+
+        whole = TAEHV.export
+        report.draw = full
+        if export:
+            TAEHV.export = lambda *args: full() if args[1].name == "export" else whole(*args)
+        else:
+            run_folder.write_json = full
+
+    return arm
+
+
+def test_what_is_written_last_is_written_by_the_same_command_again(tmp_path, undisturbed):
+    folder = runs.make(tmp_path, WORDS)
+    for export, lacking in ((True, "the export"), (False, "the note that the run is finished")):
+        assert runs.work(folder, fail_at_the_end(export)) == faults.EXIT_FAULT
+        log = (folder / "train.log").read_text()
+        assert f"{lacking} could not be written: OSError: [Errno 28]" in log and "Traceback" not in log
+        assert checkpoint.latest(folder).step == 8 and not (folder / "finished").exists()
+    assert "the picture of the curves could not be written" in log
+    assert runs.work(folder) == 0
+    assert (folder / "finished").exists() and (folder / "curves.png").exists()
+    assert runs.metrics(folder) == runs.metrics(undisturbed)
 
 
 def test_a_small_disk(tmp_path, undisturbed, capfd):

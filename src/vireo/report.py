@@ -12,6 +12,7 @@ from vireo import checkpoint
 from vireo.run_folder import finished, is_locked
 from vireo.tracking import read_metrics
 
+CURVES = "curves.png"
 PANELS = ("loss", "validation/psnr", "validation/loss", "grad_norm", "lr", "seconds_per_step")
 NAMED = 10  # curves of a picture that have a colour of their own
 
@@ -19,7 +20,7 @@ NAMED = 10  # curves of a picture that have a colour of their own
 def curves(folder: Path) -> Path:
     """Draw a run's metrics.jsonl into `<run>/curves.png`: a panel for each figure that was logged, baselines dashed."""
     rows = read_metrics(folder / "metrics.jsonl")
-    return draw({folder.name: rows}, folder / "curves.png")
+    return draw({folder.name: rows}, folder / CURVES)
 
 
 def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, further: Sequence[str] = ()) -> Path:
@@ -87,7 +88,7 @@ def _baselines(axis: Any, panel: str, rows: Sequence[Mapping[str, Any]]) -> None
         axis.legend(fontsize=7)
 
 
-def where_to_look(folder: Path, exported: Sequence[Path], picture: Path, figures: Mapping[str, float]) -> str:
+def where_to_look(folder: Path, exported: Sequence[Path], figures: Mapping[str, float]) -> str:
     """The last words of a run."""
     samples = sorted((folder / "samples").glob("step_*"))
     lines = [f"\nheld-out clips:\n{comparison(figures)}\n" if figures else ""]
@@ -96,7 +97,9 @@ def where_to_look(folder: Path, exported: Sequence[Path], picture: Path, figures
     if len(losses) > 1:  # at the same draws, so they can be compared, which losses of training cannot
         said = ", ".join(f"{loss:.4g} at step {step}" for step, loss in (losses[0], losses[-1]))
         lines.append(f"held-out loss on fixed draws: {said}\n")
-    lines += ["Where to look:", f"  curves        {picture}"]
+    lines.append("Where to look:")
+    if (folder / CURVES).exists():
+        lines.append(f"  curves        {folder / CURVES}")
     if samples:
         kinds = sorted({file.suffix for file in samples[-1].iterdir()})
         lines.append(f"  side by side  {samples[-1]}/{', '.join(f'*{kind}' for kind in kinds)}")

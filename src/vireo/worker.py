@@ -439,7 +439,8 @@ class Run:
 
     def finish(self, progress: Progress) -> int:
         """Export and mark the run as finished, or say how to go on."""
-        exported = self.export(self.folder / "export") if progress.step == self.steps else []
+        with _needed("the export"):
+            exported = self.export(self.folder / "export") if progress.step == self.steps else []
         if not distributed.is_main():
             return faults.EXIT_FINISHED if progress.step == self.steps else faults.EXIT_STOPPED
         self.console.close()
@@ -448,11 +449,25 @@ class Run:
             log.info("stopped on request at step %d; the same command goes on from here", progress.step)
             return faults.EXIT_STOPPED
         self.log.finish()
-        curves = report.curves(self.folder)
+        with run_folder.dispensable("the picture of the curves"):
+            report.curves(self.folder)
         marker = {"step": progress.step, "figures": self.figures, "best": self.best}
-        run_folder.write_json(self.folder / "finished", marker)
-        log.info(report.where_to_look(self.folder, exported, curves, self.figures))
+        with _needed("the note that the run is finished"):
+            run_folder.write_json(self.folder / "finished", marker)
+        log.info(report.where_to_look(self.folder, exported, self.figures))
         return faults.EXIT_FINISHED
+
+
+@contextlib.contextmanager
+def _needed(what: str) -> Iterator[None]:
+    """Around writing without which a run is not finished: a full disk, as each writer says it, is a TooManyFaults."""
+    try:
+        yield
+    except Exception as error:
+        raise faults.TooManyFaults(
+            f"{what} could not be written: {type(error).__name__}: {error}. The final checkpoint is there: the same "
+            "command writes what is lacking"
+        ) from error
 
 
 def _due(step: int, every: int | None) -> bool:
