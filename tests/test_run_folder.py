@@ -1,5 +1,8 @@
+import errno
+import fcntl
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -25,6 +28,33 @@ def test_a_second_run_refuses_and_names_the_first_until_it_is_killed(tmp_path):
         holder.wait()
     with run_folder.lock(tmp_path):
         assert f"process {os.getpid()}" in (tmp_path / ".lock").read_text()
+
+
+def test_where_the_file_system_has_no_locks_the_named_process_is_looked_for(tmp_path, monkeypatch):
+    def no_locks(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    note, here = tmp_path / ".lock", socket.gethostname()
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    for other in (f"process {os.getppid()} on {here}", f"process {gone.pid} on elsewhere"):
+        note.write_text(other)
+        with pytest.raises(UserError, match=f"{other}.*No locks available.*delete it"), run_folder.lock(tmp_path):
+            pass
+        assert run_folder.is_locked(tmp_path) and note.read_text() == other
+    note.write_text(f"process {gone.pid} on {here}")
+    with run_folder.lock(tmp_path):
+        assert run_folder.is_locked(tmp_path) and note.read_text() == f"process {os.getpid()} on {here}"
+    assert not run_folder.is_locked(tmp_path)
+
+
+def test_a_lock_that_another_machine_did_not_give_back_is_told(tmp_path, caplog):
+    (tmp_path / ".lock").write_text("process 7 on elsewhere")
+    for warned in (True, False):
+        with run_folder.lock(tmp_path):
+            assert ("was held by process 7 on elsewhere" in caplog.text) == warned
+        caplog.clear()
 
 
 def test_environment_tells_versions_and_no_secret(monkeypatch):

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import platform
+import re
 import shlex
 import socket
 import subprocess
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from vireo.errors import UserError
 
@@ -30,25 +31,33 @@ PACKAGES = (
 def lock(folder: Path) -> Iterator[int]:
     """Hold the folder for this process and the children that inherit the descriptor it yields.
 
-    The kernel frees it when the last of them ends, however it ends.
+    The kernel frees it when the last of them ends, however it ends. Where the file system has no locks, the file's text
+    stands for one: it names the process, and is taken away by it at its end.
 
     Raises UserError that names the host and process of the run that holds it.
     """
     path = folder / ".lock"
     with open(path, "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
+        holder, before = _holder(file, fcntl.LOCK_EX)
+        if holder:
             raise UserError(
                 f"{folder} belongs to a run that is going on ({holder}). Wait for it, stop it, or give this one "
                 "another name with run=<name>"
-            ) from None
+            )
+        if before and not before.endswith(f" on {socket.gethostname()}"):
+            log.warning(
+                "%s was held by %s, which did not end by itself. If it still runs, this file system does not pass "
+                "locks on to other machines: stop one of the two",
+                folder,
+                before,
+            )
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
-        yield file.fileno()
+        try:
+            yield file.fileno()
+        finally:
+            file.truncate(0)
 
 
 def is_locked(folder: Path) -> bool:
@@ -57,11 +66,30 @@ def is_locked(folder: Path) -> bool:
     if not path.exists():
         return False
     with open(path) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+        return _holder(file, fcntl.LOCK_SH)[0] is not None
+
+
+def _holder(file: TextIO, kind: int) -> tuple[str | None, str]:
+    """Lock a file, or learn who holds it (None: this process does now); and what it says of whoever held it last."""
+    file.seek(0)
+    named = file.read().strip()
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return named or "another process", named
+    except OSError as error:  # ENOLCK, ENOSYS, EOPNOTSUPP: a mount without locks
+        if named and not _is_dead(named):
+            hint = f"as {file.name} says, which is all that is known here ({error.strerror}): delete it if that is over"
+            return f"{named}, {hint}", named
+    return None, named
+
+
+def _is_dead(named: str) -> bool:
+    """Whether a "process 7 on host" has certainly ended; of other machines that cannot be told."""
+    import psutil
+
+    match = re.fullmatch(r"process (\d+) on (.+)", named)
+    return match is not None and match[2] == socket.gethostname() and not psutil.pid_exists(int(match[1]))
 
 
 def log_file(folder: Path, rank: int) -> Path:
