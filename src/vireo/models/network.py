@@ -42,4 +42,4 @@ class Network(nn.Module):
 
     @abstractmethod
     def load(self, path: Path) -> None:
-        """Take in weights that `export` wrote, or the released ones it imitates. Strict; raises UserError."""
+        """Take in what `export` wrote, by its folder, or the released weights it imitates. Strict; raises UserError."""

@@ -253,7 +253,9 @@ class WanReferences(Network):
             own[name].copy_(value)
         if (path / lora.FILE).is_file():
             if self.adapter is None:
-                raise UserError(f"{path} has a LoRA as well: say adapter=lora, or adapter.weights={path} to train on.")
+                raise UserError(
+                    f"{path} has a LoRA as well: say adapter=lora, with the adapter.rank and targets of its training."
+                )
             self.adapter.load(self, path)
 
 
