@@ -198,6 +198,12 @@ def test_as_the_published_trainer_learns(folder):
         torch.testing.assert_close(state[key.removeprefix("lora/final.")], stored[key], rtol=1e-3, atol=1e-4)
 
 
+def test_a_policy_that_leaves_it_out_is_refused(folder):
+    network = adapted(folder)
+    with pytest.raises(UserError, match="nothing of the adapter learns"):
+        FreezePolicy([r"proj_out"])(network)
+
+
 @pytest.mark.parametrize("dora", [False, True])
 def test_a_frozen_base_in_8_bits_is_nearly_the_same(dora, folder, tmp_path):
     network, small = adapted(folder, dora=dora), adapted(folder, dora=dora, float8=True)
@@ -213,7 +219,7 @@ def test_a_frozen_base_in_8_bits_is_nearly_the_same(dora, folder, tmp_path):
     assert torch.cosine_similarity(gradients["full"], gradients["small"], dim=0) > 0.98
     small.export(tmp_path, small.state_dict())
     assert sorted(load_file(tmp_path / FILE))
-    FreezePolicy(["attn1.to_q.base_layer"])(small)
+    FreezePolicy(["attn1.to_q.base_layer", "lora_"])(small)
     with pytest.raises(UserError, match="adapter.float8 stores what is frozen"):
         predict(small)
 

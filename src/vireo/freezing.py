@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from vireo.errors import UserError
+from vireo.models.network import Network
 
 
 class FreezePolicy:
@@ -26,7 +27,7 @@ class FreezePolicy:
     def __call__(self, network: nn.Module) -> None:
         """Set `requires_grad` of every parameter, in place; see the class.
 
-        Raises UserError for a pattern that matches nothing.
+        Raises UserError for a pattern that matches nothing, and for what the network refuses (`check_trained`).
         """
         names = [name for name, _ in network.named_parameters()]
         for pattern in [*self.train, *(group["match"] for group in self.groups_by_name.values())]:
@@ -40,6 +41,8 @@ class FreezePolicy:
             parameter.requires_grad_(any(re.search(pattern, name) for pattern in self.train))
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+        if isinstance(network, Network):
+            network.check_trained()
 
     def groups(self, network: nn.Module, lr: float) -> list[dict]:
         """Optimizer groups of the trained parameters: {name, lr, params: [(parameter name, parameter), …]}."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vireo import json_files, tensor_files
 from vireo.errors import UserError
 from vireo.float8 import store_in_float8
-from vireo.models.network import Network
+from vireo.models.network import LORA, Network
 
 log = logging.getLogger(__name__)
 
@@ -210,7 +210,7 @@ def _name(target: str) -> str:
 
 
 def _is_adapters(name: str) -> bool:
-    return ".lora_" in name
+    return LORA in name
 
 
 def _stored(name: str) -> str:

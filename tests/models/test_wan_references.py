@@ -198,10 +198,23 @@ class TestFreezePolicies:
         assert more == {f"transformer.blocks.{n}.attn2.{name}" for n in range(2) for name in fused}
 
     def test_an_adapter_learns_as_well(self, folder):
+        new = self.trained(network(folder), "new_modules")
         made = network(folder)
         LoRA(rank=2, alpha=2)(made)
-        more = self.trained(made, "new_modules_adapter") - self.trained(made, "new_modules")
+        more = self.trained(made, "new_modules_adapter") - new
         assert len(more) == 2 * 2 * 4 * 2 and all(".lora_" in name for name in more)
+
+    def test_an_adapter_alone_learns_beside_trained_references_only(self, folder, full, tmp_path):
+        made = network(folder)
+        LoRA(rank=2, alpha=2)(made)
+        with pytest.raises(UserError, match="nothing of the adapter learns"):
+            self.policy("new_modules")(made)
+        with pytest.raises(UserError, match="nothing of their modules learns"):
+            FreezePolicy([r"\.lora_"])(made)
+        full.export(tmp_path, full.state_dict())
+        made.load(tmp_path)
+        FreezePolicy([r"\.lora_"])(made)
+        assert not any(p.requires_grad for name, p in made.named_parameters() if is_new(name))
 
 
 class TestPositions:

@@ -7,8 +7,12 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from vireo.errors import UserError
+
 if TYPE_CHECKING:
     from vireo.lora import LoRA
+
+LORA = ".lora_"  # in the names of an adapter's parameters
 
 
 class Network(nn.Module):
@@ -31,6 +35,15 @@ class Network(nn.Module):
         They are read at logged steps only, and have the same names on all ranks.
         """
         return {}
+
+    def check_trained(self) -> None:
+        """Refuse a choice of what learns that makes no sense, once it is made. Raises UserError."""
+        parts = [parameter for name, parameter in self.named_parameters() if LORA in name]
+        if self.adapter is not None and not any(parameter.requires_grad for parameter in parts):
+            raise UserError(
+                "freeze_policy: nothing of the adapter learns, so it would change nothing. Choose "
+                "freeze-policy=adapter, or new_modules_adapter where new modules learn too."
+            )
 
     @abstractmethod
     def export(self, folder: Path, state: Mapping[str, Tensor]) -> list[Path]:

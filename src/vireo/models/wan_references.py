@@ -21,13 +21,12 @@ from torch import Tensor, nn
 from vireo import lora, tensor_files
 from vireo.errors import UserError
 from vireo.models import wan_attention, wan_weights
-from vireo.models.network import Network
+from vireo.models.network import LORA, Network
 from vireo.models.saved_networks import DTYPES
 from vireo.models.wan_attention import CausalPositions, CausalSelfAttention, Context, DualCrossAttention, KeyValueCache
 
 CLIP_WIDTH = 1280  # of ViT-H/14's tokens
 NEW = ("clip_proj.", "vae_proj.", ".k_vae.", ".v_vae.", ".norm_k_vae.", ".clip_gate")
-LORA = ".lora_"  # in the names of its parameters
 ADAPTER = "references.safetensors"
 PUBLISHED = "model.pt"
 Init = Literal["identity", "published"]
@@ -177,6 +176,17 @@ class WanReferences(Network):
     def figures(self) -> dict[str, Tensor]:
         """clip_gate: mean of |gate| over the blocks; vae_over_fused: of the size of what latents add, in proportion."""
         return {} if self._seen is None else dict(zip(("clip_gate", "vae_over_fused"), self._seen, strict=True))
+
+    def check_trained(self) -> None:
+        """As for every network; and of references that have no effect yet something has to learn."""
+        super().check_trained()
+        new = [(name, p) for name, p in self.named_parameters() if is_new(name.removeprefix("transformer."))]
+        if not any(p.requires_grad or (".v_vae." in name and p.any()) for name, p in new):
+            raise UserError(
+                "freeze_policy: references begin with no effect (v_vae is 0) and nothing of their modules learns. "
+                "Choose freeze-policy=new_modules, with a LoRA new_modules_adapter, or start from trained ones with "
+                "init_from."
+            )
 
     @contextmanager
     def _rolling(self, cache: KeyValueCache | None, keep: bool) -> Iterator[None]:
