@@ -10,7 +10,7 @@ from vireo.models.network import Network
 
 
 class FreezePolicy:
-    """Trains exactly the parameters whose names match one of the patterns; freezes every other one.
+    """Trains the parameters whose names match one of the patterns, but for the network's constants; freezes the others.
 
     What learns becomes float32, since updates would be rounded away in half precision; what is frozen stays as it is.
 
@@ -37,8 +37,10 @@ class FreezePolicy:
                     f"freeze_policy: the pattern {pattern!r} matches none of the network's {len(names)} parameters. "
                     f"Their names begin with {', '.join(parts[:12])}{', …' if len(parts) > 12 else ''}"
                 )
+        constants = network.constants() if isinstance(network, Network) else ()
         for name, parameter in network.named_parameters():
-            parameter.requires_grad_(any(re.search(pattern, name) for pattern in self.train))
+            matches = any(re.search(pattern, name) for pattern in self.train)
+            parameter.requires_grad_(matches and name not in constants)
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
         if isinstance(network, Network):

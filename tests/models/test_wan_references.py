@@ -185,6 +185,16 @@ class TestFreezePolicies:
         assert gate["lr"] == pytest.approx(1e-2) and all(group["lr"] == 1e-4 for group in others)
         assert [group["name"] for group in others] == ["clip_proj", "vae_proj", "k_vae", "v_vae"]
 
+    def test_gates_of_one_are_a_formula_and_stay(self, folder, tmp_path):
+        torch.save({"generator": wan.native_state(DUAL[0])}, tmp_path / "model.pt")
+        loaded = network(folder)
+        loaded.load(tmp_path / "model.pt")
+        learnt = self.trained(network(folder), "new_modules")
+        for made in (network(folder, init="published"), loaded):
+            left = learnt - self.trained(made, "new_modules")
+            assert left == {f"transformer.blocks.{n}.attn2.clip_gate" for n in range(2)}
+            assert "gate" not in [group["name"] for group in self.policy("new_modules").groups(made, 1e-4)]
+
     def test_what_scales_positions_learns_as_fast_as_gates(self, folder):
         made = network(folder, vae_pos_embed=True)
         assert "vae_proj.position_scale" in self.trained(made, "new_modules")

@@ -36,6 +36,10 @@ class Network(nn.Module):
         """
         return {}
 
+    def constants(self) -> Collection[str]:
+        """Names of parameters that no freeze policy trains."""
+        return ()
+
     def check_trained(self) -> None:
         """Refuse a choice of what learns that makes no sense, once it is made. Raises UserError."""
         parts = [parameter for name, parameter in self.named_parameters() if LORA in name]

@@ -76,7 +76,7 @@ class WanReferences(Network):
         themselves and those before, as LongLive, of which `window_frames` in all, the first `sink_frames` counted in
         (null: all). For training and for roll-outs alike.
     init: "identity", the output is the base's until something was learnt: gates and values of latents begin at zero.
-        "published" begins with gates of 1 and projections whose last linear layer is zero, which disturbs the base.
+        "published" has gates of 1, which stay, and projections whose last linear layer is zero: it disturbs the base.
     clip_dim: width of the CLIP tokens.
     vae_pos_embed: tell tokens of the references' latents where in the picture they are; as published they are a bag.
     dtype: of the weights as they are loaded; what learns is float32 (`FreezePolicy`), and a network in half precision
@@ -177,6 +177,11 @@ class WanReferences(Network):
         """clip_gate: mean of |gate| over the blocks; vae_over_fused: of the size of what latents add, in proportion."""
         return {} if self._seen is None else dict(zip(("clip_gate", "vae_over_fused"), self._seen, strict=True))
 
+    def constants(self) -> set[str]:
+        """Gates, where all are 1: they are the published formula then, in which there is nothing to learn."""
+        gates = {name: parameter for name, parameter in self.named_parameters() if name.endswith("clip_gate")}
+        return set(gates) if all(bool(gate == 1) for gate in gates.values()) else set()
+
     def check_trained(self) -> None:
         """As for every network; and of references that have no effect yet something has to learn."""
         super().check_trained()
@@ -245,7 +250,8 @@ class WanReferences(Network):
         """Take in an export, of either layout, or a checkpoint of the published recipe: a file or the folder with it.
 
         All new modules must be there; of the base what is there, all of it or what was trained. A published checkpoint
-        knows no gates: they are 1 then, which is its formula. A LoRA beside them is taken in where there is an adapter.
+        knows no gates: they are 1 then, which is its formula, and stay. A LoRA beside them is taken in where there is an
+        adapter.
         """
         source = (
             path if path.is_file() else next((path / n for n in (ADAPTER, PUBLISHED) if (path / n).is_file()), path)
