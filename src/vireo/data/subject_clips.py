@@ -336,7 +336,7 @@ class SubjectClips:
                 step = (about.fps or video.fps) / self.target_fps
                 if not step:
                     raise BadVideoError(clip.path, "the frame rate is unknown, which data.target_fps needs")
-            frames = video.get([first + k for k in spread_clip(stop - first, self.num_frames, step, start)])
+            frames = video.get(spread_clip(first, stop, self.num_frames, step, start))
         check_content(identity, clip.path)
         return self._fitted(frames, clip.box(frames)).contiguous()
 
