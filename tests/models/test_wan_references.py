@@ -406,6 +406,13 @@ def test_later_frames_are_not_seen(folder, full):
 
 def test_fused_projections_are_refused(folder):
     made = network(folder)
+    made.transformer.blocks[0].attn2.fuse_projections()
+    with pytest.raises(UserError, match="fused projections"):
+        made(timesteps=T_BATCH, **inputs())
+
+
+def test_context_parallelism_is_refused(folder):
+    made = network(folder)
     for processor in made.transformer.attn_processors.values():
         if isinstance(processor, DualCrossAttention):
             processor._parallel_config = object()

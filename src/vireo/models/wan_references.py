@@ -70,8 +70,9 @@ class WanReferences(Network):
 
     transformer: folder of a diffusers pipeline of Wan 2.1 text-to-video, or its `transformer/`.
     generator: a file with the base weights in Wan's own names that take the place of the folder's: LongLive's
-        `longlive_base.pt`, a native Wan `.safetensors`. generator_lora: LongLive's LoRA, merged into them; lora_alpha:
-        of it. See `wan_weights`.
+        `longlive_base.pt`, a native Wan `.safetensors`. generator_key: what they are called in a file that holds
+        several ("generator_ema"); None takes generator, generator_ema or model, the first of these that there is.
+    generator_lora: LongLive's LoRA, merged into them; lora_alpha: of it. See `wan_weights`.
     mode: "bidirectional", every frame sees every other, as Wan; "causal", groups of `group_frames` latent frames see
         themselves and those before, as LongLive, of which `window_frames` in all, the first `sink_frames` counted in
         (null: all). For training and for roll-outs alike.
@@ -91,6 +92,7 @@ class WanReferences(Network):
         self,
         transformer: str,
         generator: str | None = None,
+        generator_key: str | None = None,
         generator_lora: str | None = None,
         lora_alpha: float = 256,
         mode: Literal["bidirectional", "causal"] = "bidirectional",
@@ -110,7 +112,7 @@ class WanReferences(Network):
             if value not in known[key]:
                 raise UserError(f"model.network.{key} is one of {', '.join(known[key])}, got {value!r}.")
         self.export_layout, self.dtype = export_layout, DTYPES[dtype]
-        self._source = (transformer, generator, generator_lora, lora_alpha, self.dtype)
+        self._source = (transformer, generator, generator_key, generator_lora, lora_alpha, self.dtype)
         self._frames = (group_frames, window_frames, sink_frames) if mode == "causal" else None
         self.transformer, self.clip_proj, self.vae_proj = self._start(clip_dim, vae_pos_embed)
         self._seen: Tensor | None = None
@@ -250,8 +252,8 @@ class WanReferences(Network):
         """Take in an export, of either layout, or a checkpoint of the published recipe: a file or the folder with it.
 
         All new modules must be there; of the base what is there, all of it or what was trained. A published checkpoint
-        knows no gates: they are 1 then, which is its formula, and stay. A LoRA beside them is taken in where there is an
-        adapter.
+        knows no gates: they are 1 then, which is its formula, and stay. A LoRA beside them is taken in where there is
+        an adapter.
         """
         source = (
             path if path.is_file() else next((path / n for n in (ADAPTER, PUBLISHED) if (path / n).is_file()), path)
