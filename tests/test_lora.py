@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from tests.cogvideox import CASES, DESCRIBED, RecordedDraws, noise_schedule, reference, save_transformer
 from tests.golden.fill import fill, noise
+from vireo import config
 from vireo.errors import UserError
 from vireo.freezing import FreezePolicy
 from vireo.lora import FILE, LoRA
@@ -224,6 +225,26 @@ def test_a_frozen_base_in_8_bits_is_nearly_the_same(dora, folder, tmp_path):
         predict(small)
 
 
+def test_dropout_is_that_of_training_and_of_the_default_generator(folder):
+    network, plain = adapted(folder, dropout=0.5), adapted(folder)
+    policy = FreezePolicy([r"\.lora_"])
+    policy.train_mode(network)
+    torch.manual_seed(3)
+    one, other = predict(network), predict(network)
+    torch.manual_seed(3)
+    assert torch.equal(predict(network), one) and not torch.equal(one, other)
+    assert torch.equal(predict(network.eval()), predict(plain))
+
+
+def test_the_published_names(folder):
+    words = ["experiment=opens2v_wan", "adapter=lora_published", "freeze-policy=new_modules_adapter", "adapter.r=6"]
+    node = config.settings([*words, "adapter.lora_dropout=0.1", "adapter.target_modules=[to_q,to_out]"])["adapter"]
+    made = config.instantiate(node)
+    assert (made.rank, made.alpha, made.dropout, made.targets) == (6, 6, 0.1, ["to_q", "to_out.0"])
+    with pytest.raises(UserError, match="adapter_type is lora"):
+        config.instantiate({**node, "adapter_type": "loha"})
+
+
 def test_a_weak_scale_is_told(caplog):
     LoRA(rank=64, alpha=1)
     assert "alpha / rank is 0.0156" in caplog.text and "Set adapter.alpha to the rank" in caplog.text
@@ -243,6 +264,7 @@ def test_a_short_name_of_the_output(folder):
         ({"rank": 0}, "rank is at least 1"),
         ({"alpha": math.inf}, "alpha above 0"),
         ({"targets": []}, "targets names some layers"),
+        ({"dropout": 1.0}, r"dropout in \[0, 1\)"),
         ({"targets": ["to_q", "to_x"]}, r"to_x names none of the network's \d+ layers. They end in .*attn1.to_q"),
         ({"targets": "to_q"}, "to_q names none"),
         ({"export": "peft"}, "export is lora, folded or merged"),
