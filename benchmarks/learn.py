@@ -59,7 +59,7 @@ CASES = {
     ],
     # The flow's error without the reference less that with it, and the same from the published start.
     "opens2v_wan": SUBJECTS,
-    "opens2v_wan_published": [*SUBJECTS, "model.network.init=published", "freeze_policy.groups.gate.lr_scale=0"],
+    "opens2v_wan_published": [*SUBJECTS, "model.network.init=published"],
     # From nothing: Muon, and mostly small crops, since a young autoencoder needs many independent pictures a second.
     "taehv_scratch": [
         "experiment=taehv",

@@ -1,6 +1,7 @@
 import multiprocessing
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -326,6 +327,15 @@ def test_a_full_disk_is_told(tmp_path, data, monkeypatch):
     encoder = Latents()
     with pytest.raises(UserError, match="cannot be written: No space left on device"):
         cache_filling.fill(cache_of(encoder, tmp_path / "cache"), splits(data), encoder, "toy", batch_size=8)
+
+
+def test_a_disk_without_room_for_all_is_told_by_the_first_entry(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(cache_filling.shutil, "disk_usage", lambda folder: SimpleNamespace(free=100))
+    encoder = Latents()
+    cache = cache_of(encoder, tmp_path / "cache")
+    with pytest.raises(UserError, match=r"lacks \d+ entries of \w+, .* each and .* in all; .* are free. .*cache=off"):
+        cache_filling.fill(cache, splits(data), encoder, "toy", batch_size=1)
+    assert not list(entries(cache.folder))
 
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path, data):

@@ -16,7 +16,7 @@ from PIL import Image
 from tests import runs
 from tests.data import captions
 from tests.golden.fill import noise
-from vireo import config
+from vireo import checkpoint, config, objects
 from vireo.mini import world
 from vireo.models.cogvideox import CogVideoX
 from vireo.verbs import arguments, check, prepare, sample, trained
@@ -57,6 +57,10 @@ def test_drawn_shapes_and_folders_resume_exactly(tmp_path):
     words += ["batch_size=2", "steps=6", "checkpoint.every=2", "validation.every=null", "validation.clips=1"]
     straight = finished(runs.make(tmp_path / "straight", words, shrunk=False))
     runs.same(resumed(tmp_path / "killed", words), straight)
+    settings, found = config.load_resolved(straight / "resolved.yaml"), checkpoint.latest(straight)
+    for source in (straight, found.folder):  # a finished run is its export
+        began = objects.network({**settings, "init_from": str(source)}).state_dict()
+        assert all(torch.equal(began[name], value) for name, value in found.tensors("network").items()), source
 
 
 def through_a_pipeline(folder, settings):

@@ -12,8 +12,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests import runs
-from vireo import cli, launch, run_folder
+from vireo import cli, config, launch, objects, run_folder
 from vireo.data.masks import dilate, read_hole
+from vireo.errors import UserError
 from vireo.mini import world
 from vireo.models.brushnet import BrushNetModel
 
@@ -87,6 +88,14 @@ def test_the_chain_on_real_frames(tmp_path, monkeypatch, capfd):
     assert not equal(weights(stage1 / "brushnet"), weights(released / "brushnet"))
     moved = weights(second / "motion_adapter")
     assert not equal(moved, weights(released.parent / "animatediff-motion-adapter-v1-5-2"))
+    settings = config.load_resolved(second.parent / "resolved.yaml")
+    for source, stage in ((first.parent, stage1), (second.parent, stage2), (tmp_path / "diffueraser" / "real", stage2)):
+        began = objects.network({**settings, "init_from": str(source)})
+        wanted = weights(stage / "unet_main")
+        unet = {name: value for name, value in began.unet.state_dict().items() if name in wanted}
+        assert equal(unet, wanted) and equal(began.brushnet.state_dict(), weights(stage / "brushnet")), source
+    with pytest.raises(UserError, match="Start from an export"):  # beside another base than the first stage's
+        objects.network({**settings, "init_from": str(second.parent / "checkpoints" / "step_00000004")})
     monkeypatch.setattr(sys, "argv", ["vireo", "export", f"run={tmp_path / 'diffueraser' / 'real'}", "step=2"])
     assert cli.vireo() == 0
     earlier = second / "step_00000002" / "finetuned-stage2"

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from tests.cogvideox import CASES, DESCRIBED, RecordedDraws, noise_schedule, reference, save_transformer
 from tests.golden.fill import fill, noise
+from vireo import config
 from vireo.errors import UserError
 from vireo.freezing import FreezePolicy
 from vireo.lora import FILE, LoRA
@@ -198,6 +199,12 @@ def test_as_the_published_trainer_learns(folder):
         torch.testing.assert_close(state[key.removeprefix("lora/final.")], stored[key], rtol=1e-3, atol=1e-4)
 
 
+def test_a_policy_that_leaves_it_out_is_refused(folder):
+    network = adapted(folder)
+    with pytest.raises(UserError, match="nothing of the adapter learns"):
+        FreezePolicy([r"proj_out"])(network)
+
+
 @pytest.mark.parametrize("dora", [False, True])
 def test_a_frozen_base_in_8_bits_is_nearly_the_same(dora, folder, tmp_path):
     network, small = adapted(folder, dora=dora), adapted(folder, dora=dora, float8=True)
@@ -213,9 +220,29 @@ def test_a_frozen_base_in_8_bits_is_nearly_the_same(dora, folder, tmp_path):
     assert torch.cosine_similarity(gradients["full"], gradients["small"], dim=0) > 0.98
     small.export(tmp_path, small.state_dict())
     assert sorted(load_file(tmp_path / FILE))
-    FreezePolicy(["attn1.to_q.base_layer"])(small)
+    FreezePolicy(["attn1.to_q.base_layer", "lora_"])(small)
     with pytest.raises(UserError, match="adapter.float8 stores what is frozen"):
         predict(small)
+
+
+def test_dropout_is_that_of_training_and_of_the_default_generator(folder):
+    network, plain = adapted(folder, dropout=0.5), adapted(folder)
+    policy = FreezePolicy([r"\.lora_"])
+    policy.train_mode(network)
+    torch.manual_seed(3)
+    one, other = predict(network), predict(network)
+    torch.manual_seed(3)
+    assert torch.equal(predict(network), one) and not torch.equal(one, other)
+    assert torch.equal(predict(network.eval()), predict(plain))
+
+
+def test_the_published_names(folder):
+    words = ["experiment=opens2v_wan", "adapter=lora_published", "freeze-policy=new_modules_adapter", "adapter.r=6"]
+    node = config.settings([*words, "adapter.lora_dropout=0.1", "adapter.target_modules=[to_q,to_out]"])["adapter"]
+    made = config.instantiate(node)
+    assert (made.rank, made.alpha, made.dropout, made.targets) == (6, 6, 0.1, ["to_q", "to_out.0"])
+    with pytest.raises(UserError, match="adapter_type is lora"):
+        config.instantiate({**node, "adapter_type": "loha"})
 
 
 def test_a_weak_scale_is_told(caplog):
@@ -237,6 +264,7 @@ def test_a_short_name_of_the_output(folder):
         ({"rank": 0}, "rank is at least 1"),
         ({"alpha": math.inf}, "alpha above 0"),
         ({"targets": []}, "targets names some layers"),
+        ({"dropout": 1.0}, r"dropout in \[0, 1\)"),
         ({"targets": ["to_q", "to_x"]}, r"to_x names none of the network's \d+ layers. They end in .*attn1.to_q"),
         ({"targets": "to_q"}, "to_q names none"),
         ({"export": "peft"}, "export is lora, folded or merged"),
@@ -254,5 +282,5 @@ def test_files_that_do_not_fit_are_refused(folder, tmp_path):
         adapted(folder, rank=4, weights=str(tmp_path))
     with pytest.raises(UserError, match="holds no adapter"):
         adapted(folder, weights=str(folder))
-    with pytest.raises(UserError, match="adapter=lora adapter.weights="):
+    with pytest.raises(UserError, match="is a LoRA: say adapter=lora"):
         CogVideoX(str(folder), "fp32").load(tmp_path)

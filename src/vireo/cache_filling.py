@@ -5,7 +5,9 @@ stays, so a filling that was interrupted goes on where it stopped.
 """
 
 import logging
+import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -22,6 +24,7 @@ from vireo.cache import Cache, New, literal, text_identity, text_of
 from vireo.data.source import ChangedError, Source
 from vireo.data.stream import Dataset, start_worker
 from vireo.errors import UserError
+from vireo.memory import readable
 from vireo.models.encoders import Encoder
 from vireo.video_io import BadVideoError
 
@@ -116,9 +119,9 @@ def fill(
     The encoder's weights are loaded when there is something to encode, and freed afterwards. Files that change
     meanwhile are told and looked at once more, so that an entry never holds another content than its key says.
     Raises UserError, on all ranks, for an encoding that is not finite (it names the file), for weights that are being
-    replaced and for a folder that cannot be written. Whatever else ends one rank (its memory, a worker that died) ends
-    all, as a RuntimeError that names it on the others. Files that cannot be read are left out, with a warning: the
-    stream replaces them.
+    replaced, for a disk without room for what is missing, and for a folder that cannot be written. Whatever else ends
+    one rank (its memory, a worker that died) ends all, as a RuntimeError that names it on the others. Files that cannot
+    be read are left out, with a warning: the stream replaces them.
     """
     once = partial(_fill, cache, datasets, encoder, name, batch_size, workers, timeout, thorough, stop)
     filled = once()
@@ -252,6 +255,7 @@ class _Share:
     ) -> None:
         self.cache, self.encoder = cache, encoder
         batches = _batches(missing, batch_size)
+        self.ahead = Counter(one.output for one in missing)
         self.turns = len(batches)
         self.batches = iter(_loader(datasets, missing, batches, min(workers, self.turns), timeout))
         self.writer = ThreadPoolExecutor(1, "cache")
@@ -269,6 +273,7 @@ class _Share:
             for ones, values in _alike(batch, self.encoder.device):
                 encodings = _encode(self.encoder, ones, values)
                 self._compare_weights(ones[0].output)
+                self._check_space(ones[0].output, encodings[0])
                 self.waiting += [
                     New(one.output, one.source, encoding, one.name)
                     for one, encoding in zip(ones, encodings, strict=True)
@@ -285,6 +290,19 @@ class _Share:
                 "Start again when they are all there"
             )
         self.compared.add(output)
+
+    def _check_space(self, output: str, encoding: Tensor) -> None:
+        """Whether there is room for all that is missing of an output; asked once, by the size of its first entry."""
+        number = distributed.world_size() * self.ahead.pop(output, 0)
+        folder = next(folder for folder in (self.cache.folder, *self.cache.folder.parents) if folder.exists())
+        free = shutil.disk_usage(folder).free
+        if number * encoding.nbytes > free:
+            raise UserError(
+                f"the encoding cache in {self.cache.folder} lacks {number} entries of {output}, "
+                f"{readable(encoding.nbytes)} each and {readable(number * encoding.nbytes)} in all; {readable(free)} "
+                "are free. Choose another folder with cache.folder=…, fewer data, or cache=off, which encodes at each "
+                "step"
+            )
 
     def settle(self) -> None:
         """Wait until everything is written."""

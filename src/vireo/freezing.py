@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from vireo.errors import UserError
+from vireo.models.network import Network
 
 
 class FreezePolicy:
-    """Trains exactly the parameters whose names match one of the patterns; freezes every other one.
+    """Trains the parameters whose names match one of the patterns, but for the network's constants; freezes the others.
 
     What learns becomes float32, since updates would be rounded away in half precision; what is frozen stays as it is.
 
@@ -26,7 +27,7 @@ class FreezePolicy:
     def __call__(self, network: nn.Module) -> None:
         """Set `requires_grad` of every parameter, in place; see the class.
 
-        Raises UserError for a pattern that matches nothing.
+        Raises UserError for a pattern that matches nothing, and for what the network refuses (`check_trained`).
         """
         names = [name for name, _ in network.named_parameters()]
         for pattern in [*self.train, *(group["match"] for group in self.groups_by_name.values())]:
@@ -36,10 +37,14 @@ class FreezePolicy:
                     f"freeze_policy: the pattern {pattern!r} matches none of the network's {len(names)} parameters. "
                     f"Their names begin with {', '.join(parts[:12])}{', …' if len(parts) > 12 else ''}"
                 )
+        constants = network.constants() if isinstance(network, Network) else ()
         for name, parameter in network.named_parameters():
-            parameter.requires_grad_(any(re.search(pattern, name) for pattern in self.train))
+            matches = any(re.search(pattern, name) for pattern in self.train)
+            parameter.requires_grad_(matches and name not in constants)
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+        if isinstance(network, Network):
+            network.check_trained()
 
     def groups(self, network: nn.Module, lr: float) -> list[dict]:
         """Optimizer groups of the trained parameters: {name, lr, params: [(parameter name, parameter), …]}."""

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from vireo import json_files, tensor_files
 from vireo.errors import UserError
 from vireo.float8 import store_in_float8
-from vireo.models.network import Network
+from vireo.models.network import LORA, Network
 
 log = logging.getLogger(__name__)
 
 FILE = "pytorch_lora_weights.safetensors"  # what diffusers' load_lora_weights looks for in a folder
 METADATA = "lora_adapter_metadata"  # the entry of the file's header in which diffusers looks for the scale
 ADAPTER = "default"  # peft's name for a network's only adapter
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 WEAK = 0.25  # below this scale an update of usual size hardly moves the network
 
 
@@ -36,6 +37,7 @@ class LoRA:
         https://arxiv.org/abs/2312.03732).
     targets: ends of the names of layers ("to_q", "ff.net.2"; "to_out" is diffusers' "to_out.0"), or one regular
         expression for whole names.
+    dropout: share of what A sees that is zero in training, drawn anew for each step, micro-step and process.
     dora: also learn the norms of W's rows (Liu et al. 2024, https://arxiv.org/abs/2402.09353).
     float8: store the frozen layers beside the adapted ones, and these, in 8 bits; see `store_in_float8`.
     weights: a file or folder of an export to begin with; None begins with B = 0, which changes nothing.
@@ -49,23 +51,24 @@ class LoRA:
         self,
         rank: int = 64,
         alpha: float = 64,
-        targets: Sequence[str] | str = ("to_q", "to_k", "to_v", "to_out.0"),
+        targets: Sequence[str] | str = TARGETS,
+        dropout: float = 0.0,
         dora: bool = False,
         rslora: bool = False,
         float8: bool = False,
         weights: str | None = None,
         export: Literal["lora", "folded", "merged"] = "lora",
     ) -> None:
-        if rank < 1 or not 0 < alpha < math.inf or not targets:
+        if rank < 1 or not 0 < alpha < math.inf or not targets or not 0 <= dropout < 1:
             raise UserError(
-                "adapter: rank is at least 1, alpha above 0, and targets names some layers; "
-                f"got rank={rank}, alpha={alpha}, targets={targets}."
+                "adapter: rank is at least 1, alpha above 0, dropout in [0, 1), and targets names some layers; "
+                f"got rank={rank}, alpha={alpha}, dropout={dropout}, targets={targets}."
             )
         if export not in ("lora", "folded", "merged"):
             raise UserError(f"adapter.export is lora, folded or merged; got {export}.")
         self.rank, self.alpha, self.dora, self.rslora, self.float8 = rank, alpha, dora, rslora, float8
         self.targets = targets if isinstance(targets, str) else [_name(target) for target in targets]
-        self.weights, self.form = weights, export
+        self.dropout, self.weights, self.form = dropout, weights, export
         if alpha / rank < WEAK:
             log.warning(
                 "adapter: alpha / rank is %.3g; updates are scaled by it, and below %.2g runs are known to learn "
@@ -93,6 +96,7 @@ class LoRA:
             r=self.rank,
             lora_alpha=self.alpha,  # type: ignore[arg-type]
             target_modules=self.targets,
+            lora_dropout=self.dropout,
             use_dora=self.dora,
             use_rslora=self.rslora,
             init_lora_weights=True,
@@ -190,6 +194,21 @@ class LoRA:
             )
 
 
+def published(
+    adapter_type: str = "lora",
+    r: int = 64,
+    lora_alpha: float = 64,
+    lora_dropout: float = 0.0,
+    target_modules: Sequence[str] | str = TARGETS,
+    weights: str | None = None,
+    export: Literal["lora", "folded", "merged"] = "lora",
+) -> LoRA:
+    """A `LoRA` by peft's names, as published recipes spell it. Raises UserError for another adapter_type."""
+    if adapter_type != "lora":
+        raise UserError(f"adapter.adapter_type is lora, the only adapter that there is; got {adapter_type!r}.")
+    return LoRA(r, lora_alpha, target_modules, lora_dropout, weights=weights, export=export)
+
+
 def is_file(path: Path) -> bool:
     """Whether a path is an adapter's file, or a folder with one."""
     if path.is_dir():
@@ -210,7 +229,7 @@ def _name(target: str) -> str:
 
 
 def _is_adapters(name: str) -> bool:
-    return ".lora_" in name
+    return LORA in name
 
 
 def _stored(name: str) -> str:

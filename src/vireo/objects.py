@@ -12,6 +12,7 @@ import torch
 from vireo import config, weights
 from vireo.cache import Cache
 from vireo.data.stream import Dataset
+from vireo.errors import UserError
 from vireo.freezing import FreezePolicy
 from vireo.losses.objective import Loss
 from vireo.models.encoders import Encoder
@@ -68,15 +69,22 @@ def evaluations(settings: Settings) -> dict[str, Evaluation]:
 def network(settings: Settings) -> Network:
     """The network with its weights: the model's own, then `init_from`, then the adapter that is added to it.
 
+    Weights of an adapter can only be taken in once there is one; all others come first, since it is made for them.
     Initial weights are keyed by the seed and drawn on the CPU, so they are the same on every rank.
     """
     seed_default(settings["seed"], "init", "network")
     made: Network = config.instantiate(settings["model"]["network"])
-    if settings["init_from"]:
-        weights.initialize_from(made, Path(settings["init_from"]))
+    source = weights.initial(settings["init_from"]) if settings["init_from"] else None
+    has_adapter = source is not None and bool(settings["adapter"]) and weights.has_adapter(source)
+    if source is not None and not has_adapter:
+        weights.initialize_from(made, source)
     if settings["adapter"]:
         seed_default(settings["seed"], "init", "adapter")
         config.instantiate(settings["adapter"])(made)
+    if source is not None and has_adapter:
+        if settings["adapter"].get("weights"):
+            raise UserError("init_from and adapter.weights both name an adapter's weights: leave one of them out.")
+        weights.initialize_from(made, source)
     return made
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vireo import checkpoint
+from vireo import checkpoint, lora, run_folder
 from vireo.errors import UserError
 from vireo.models.network import Network
 
@@ -77,24 +77,50 @@ def load_trained(network: nn.Module, stored: Mapping[str, Tensor], source: Path)
         own[name].copy_(stored[name])
 
 
-def initialize_from(network: Network, source: Path) -> None:
-    """Take weights, and nothing else, from a run's folder, a checkpoint, or an exported or released file or folder.
-
-    Of a run the newest good checkpoint counts; of a checkpoint the averaged weights, if it has them.
+def initial(init_from: str) -> checkpoint.Checkpoint | Path:
+    """What `init_from` names: of a finished run its export, of another one the newest good checkpoint; a checkpoint;
+    or an exported or released file or folder, which the network reads. Raises UserError where there is nothing.
     """
-    if not source.exists():
-        raise UserError(f"init_from={source}: there is no such file or folder")
-    found = None
-    if (source / "manifest.json").is_file():
-        found = checkpoint.verify(source)
-    elif (source / "checkpoints").is_dir():
-        found = checkpoint.latest(source)
-        if found is None:
-            raise UserError(f"init_from={source}: this run has no checkpoint that can be read")
+    path = run_folder.newest_stage(Path(init_from).expanduser())
+    if not path.exists():
+        raise UserError(f"init_from={path}: there is no such file or folder")
+    if (path / "manifest.json").is_file():
+        return checkpoint.verify(path)
+    if run_folder.finished(path) and (path / "export").is_dir():
+        return path / "export"
+    if not (path / "checkpoints").is_dir():
+        return path
+    found = checkpoint.latest(path)
     if found is None:
+        raise UserError(f"init_from={path}: this run has no checkpoint that can be read")
+    return found
+
+
+def has_adapter(source: checkpoint.Checkpoint | Path) -> bool:
+    """Whether an adapter's weights are among those that `initial` found."""
+    return lora.is_file(source if isinstance(source, Path) else source.folder / "network.safetensors")
+
+
+def initialize_from(network: Network, source: checkpoint.Checkpoint | Path) -> None:
+    """Take weights, and nothing else, from what `initial` found; of a checkpoint the averaged ones, if it has them.
+
+    A checkpoint holds what learnt; what it leaves out has to be in the network as it was beside it. `requires_grad` is
+    that of the checkpoint's run afterwards. Raises UserError for what does not fit.
+    """
+    if isinstance(source, Path):
         network.load(source)
         log.info("weights from %s", source)
         return
-    stored = {**found.tensors("network"), **found.tensors("ema")}
-    load_trained(network, stored, found.folder)
-    log.info("weights from %s%s", found.folder, " (averaged)" if found.tensors("ema") else "")
+    average = source.tensors("ema")
+    stored = {**source.tensors("network"), **average}
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(name in stored)
+    load_trained(network, stored, source.folder)
+    if frozen_digest(network) != source.state["frozen"]:
+        left_out = next((name for name, p in network.named_parameters() if not p.requires_grad), "some frozen weights")
+        raise UserError(
+            f"{source.folder} holds what was trained, and this network is another one beside it: {left_out} and its "
+            "like were not the same there. Start from an export, which has all that is needed: `vireo export "
+            f"run={source.folder.parent.parent} step={source.step}`, and init_from=<the folder that it names>."
+        )
+    log.info("weights from %s%s", source.folder, " (averaged)" if average else "")

@@ -230,7 +230,36 @@ def test_the_reference_is_from_the_other_clip_of_a_pair(root):
         sample = made.sample(index, draws(index))
         own, shown = sample["name"], sample["references"][0].name
         assert own.split("_part")[0] == shown.split("_part")[0] and own not in shown and shown.endswith("mask 2")
-    assert made.describe()["with pairs"] == 6
+    assert made.describe()["with a reference from another clip (6)"] == "6 clips; the others show themselves"
+
+
+def test_a_partner_may_be_in_another_file_and_brings_its_own_subject(root, tmp_path):
+    """Three clips of one cluster in two annotation files; the subject of one is mask 2, in the others 2 and 1."""
+    (first, one), (_, two), (_, three), *_ = json.loads((root / ANNOTATIONS).read_text()).items()
+    video = first.split("_part")[0]
+    parts = {"a": {first: one}, "b": {f"{video}_part8": two, f"{video}_part9": three}}
+    for part, entries in parts.items():
+        (tmp_path / f"{part}.json").write_text(json.dumps(entries))
+    pairs = [("b/{}_part8", "2"), ("b/{}_part9", "1"), ("c/{}_part1", "2")]  # the last one is not here
+    listed = [
+        {"cur_id": f"a/{first}", "cur_class_id": "2", "aft_id": name.format(video), "aft_class_id": mask}
+        for name, mask in pairs
+    ]
+    folder = tmp_path / "pairs" / "final_output"
+    folder.mkdir(parents=True)
+    (folder / f"{video}.json").write_text(json.dumps(listed))
+
+    def of(*parts):
+        files = {"annotations": [f"{part}.json" for part in parts], "videos": [str(root / VIDEOS)] * len(parts)}
+        return clips(tmp_path, pairs="pairs", allow_outside_root=True, **files)
+
+    both, alone = of("a", "b"), of("a")
+    shown = [both.sample(0, draws(position))["references"][0].name for position in range(12)]
+    assert set(shown) == {f"b/{video}_part8, mask 2", f"b/{video}_part9, mask 1"}
+    assert both.sample(1, draws())["references"][0].name == f"a/{first}, mask 2"
+    assert both.describe()["with a reference from another clip (3)"] == "2 clips; the others show themselves"
+    assert alone.sample(0, draws())["references"][0].name == f"a/{first}, mask 2"
+    assert alone.describe()["with a reference from another clip (1)"] == "0 clips; the others show themselves"
 
 
 def test_without_a_pair_it_is_from_the_clip_itself(root, tmp_path):
@@ -238,7 +267,7 @@ def test_without_a_pair_it_is_from_the_clip_itself(root, tmp_path):
     made = clips(root, pairs=str(tmp_path))
     sample = made.sample(0, draws())
     assert sample["name"] in sample["references"][0].name
-    assert made.describe()["with pairs"] == 0
+    assert made.describe()["with a reference from another clip (6)"] == "0 clips; the others show themselves"
     with pytest.raises(UserError, match="data.pairs"):
         clips(root, pairs=str(tmp_path / "none"))
 

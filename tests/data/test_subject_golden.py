@@ -52,8 +52,16 @@ def test_the_letterbox(name):
 def test_which_frames(case):
     start, length = case["start"] or 0, ITEM["video_frames"]
     places = max(1, length - min(length, (case["num_frames"] - 1) * case["stride"] + 1) + 1)
-    found = spread_clip(length, case["num_frames"], case["stride"], (start + 0.5) / places)
+    found = spread_clip(0, length, case["num_frames"], case["stride"], (start + 0.5) / places)
     assert found == case["indices"]
+
+
+def test_frames_of_a_later_range():
+    """81 of the 113 frames from the 7th on: places are rounded down in the video, not in the range."""
+    published = np.linspace(7, 7 + 113 - 1, 81).astype(int).tolist()
+    assert spread_clip(7, 120, 81, 3, 0.5) == published
+    assert published != [7 + k for k in spread_clip(0, 113, 81, 3, 0.5)]
+    assert spread_clip(7, 10, 5, 3, 0.5) == [7, 7, 8, 8, 9]
 
 
 @sample_data

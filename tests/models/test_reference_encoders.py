@@ -98,6 +98,16 @@ def test_text_is_what_the_pipeline_makes_of_it(weights, encoder):
     assert found[0, 9:].abs().max() == 0
 
 
+def test_texts_of_half_precision_are_cached_in_it_and_used_in_float32(weights):
+    half, given = make(weights, text_dtype="bf16"), {"prompt": batch()["prompt"]}
+    kept = half.encode("prompt_embeds", given["prompt"])
+    assert kept.dtype == torch.bfloat16
+    uncached = half(given, Draws(0, [0, 1]))
+    cached = half({**given, "prompt_embeds": kept}, Draws(0, [0, 1]))
+    for name in ("prompt_embeds", "null_prompt_embeds"):
+        assert uncached[name].dtype == torch.float32 and torch.equal(uncached[name], cached[name])
+
+
 def test_captions_are_cleaned(encoder):
     assert clean("  a\n\n thing &amp;amp; more\t") == "a thing & more"
     one, other = encoder.encode("prompt_embeds", ["a  thing\nmoves", "a thing moves"])

@@ -185,6 +185,16 @@ class TestFreezePolicies:
         assert gate["lr"] == pytest.approx(1e-2) and all(group["lr"] == 1e-4 for group in others)
         assert [group["name"] for group in others] == ["clip_proj", "vae_proj", "k_vae", "v_vae"]
 
+    def test_gates_of_one_are_a_formula_and_stay(self, folder, tmp_path):
+        torch.save({"generator": wan.native_state(DUAL[0])}, tmp_path / "model.pt")
+        loaded = network(folder)
+        loaded.load(tmp_path / "model.pt")
+        learnt = self.trained(network(folder), "new_modules")
+        for made in (network(folder, init="published"), loaded):
+            left = learnt - self.trained(made, "new_modules")
+            assert left == {f"transformer.blocks.{n}.attn2.clip_gate" for n in range(2)}
+            assert "gate" not in [group["name"] for group in self.policy("new_modules").groups(made, 1e-4)]
+
     def test_what_scales_positions_learns_as_fast_as_gates(self, folder):
         made = network(folder, vae_pos_embed=True)
         assert "vae_proj.position_scale" in self.trained(made, "new_modules")
@@ -198,10 +208,23 @@ class TestFreezePolicies:
         assert more == {f"transformer.blocks.{n}.attn2.{name}" for n in range(2) for name in fused}
 
     def test_an_adapter_learns_as_well(self, folder):
+        new = self.trained(network(folder), "new_modules")
         made = network(folder)
         LoRA(rank=2, alpha=2)(made)
-        more = self.trained(made, "new_modules_adapter") - self.trained(made, "new_modules")
+        more = self.trained(made, "new_modules_adapter") - new
         assert len(more) == 2 * 2 * 4 * 2 and all(".lora_" in name for name in more)
+
+    def test_an_adapter_alone_learns_beside_trained_references_only(self, folder, full, tmp_path):
+        made = network(folder)
+        LoRA(rank=2, alpha=2)(made)
+        with pytest.raises(UserError, match="nothing of the adapter learns"):
+            self.policy("new_modules")(made)
+        with pytest.raises(UserError, match="nothing of their modules learns"):
+            FreezePolicy([r"\.lora_"])(made)
+        full.export(tmp_path, full.state_dict())
+        made.load(tmp_path)
+        FreezePolicy([r"\.lora_"])(made)
+        assert not any(p.requires_grad for name, p in made.named_parameters() if is_new(name))
 
 
 class TestPositions:
@@ -382,6 +405,13 @@ def test_later_frames_are_not_seen(folder, full):
 
 
 def test_fused_projections_are_refused(folder):
+    made = network(folder)
+    made.transformer.blocks[0].attn2.fuse_projections()
+    with pytest.raises(UserError, match="fused projections"):
+        made(timesteps=T_BATCH, **inputs())
+
+
+def test_context_parallelism_is_refused(folder):
     made = network(folder)
     for processor in made.transformer.attn_processors.values():
         if isinstance(processor, DualCrossAttention):

@@ -80,6 +80,14 @@ class TestBase:
         assert all(torch.equal(bare[name], own[name]) for name in bare)
         assert all(torch.equal(bare[name] + 1, average[name]) for name in bare)
 
+    def test_a_network_can_take_the_average_of_its_base(self, folder, tmp_path):
+        state = native_state(BASE[0])
+        torch.save({"generator": {k: v + 1 for k, v in state.items()}, "generator_ema": state}, tmp_path / "both.pt")
+        made = network(folder, generator=str(tmp_path / "both.pt"), generator_key="generator_ema")
+        assert torch.equal(predicted(made), predicted(network(folder)))
+        with pytest.raises(UserError, match=r"no weights under ema; it has generator, generator_ema"):
+            network(folder, generator=str(tmp_path / "both.pt"), generator_key="ema")
+
     @pytest.mark.parametrize(
         ("change", "says"),
         [

@@ -88,14 +88,15 @@ def fill_up(indices: list[int], num_frames: int, pad: Pad) -> list[int]:
     return indices + [indices[-1]] * missing
 
 
-def spread_clip(length: int, num_frames: int, step: float, start: float) -> list[int]:
-    """`num_frames` indices, `step` apart, or closer together where the video is too short for that.
+def spread_clip(first: int, stop: int, num_frames: int, step: float, start: float) -> list[int]:
+    """`num_frames` indices of the frames [first, stop), `step` apart, or closer together where these are too few.
 
-    step: may be a fraction. start: share of the places where the clip can begin, in [0, 1). A video of fewer frames
-    gives all of them and the first ones again, in order. OpenS2V's rule, for which a short video is a slow one.
+    step: may be a fraction. start: share of the places where the clip can begin, in [0, 1). Where there are fewer
+    frames, all of them and the first ones again, in order. OpenS2V's rule, for which a short video is a slow one.
     """
+    length = stop - first
     if length <= num_frames:
-        return sorted(k % length for k in range(num_frames))
+        return sorted(first + k % length for k in range(num_frames))
     span = min(length, round((num_frames - 1) * step) + 1)
-    first = int(start * (length - span + 1))
-    return np.linspace(first, first + span - 1, num_frames).astype(int).tolist()
+    first += int(start * (length - span + 1))
+    return np.linspace(first, first + span - 1, num_frames).astype(int).tolist()  # of whole places, as published

@@ -161,10 +161,12 @@ class SubjectClips:
         """What this split holds, for people. Subjects are counted in some of the clips."""
         some = self._spread(LOOKED_AT)
         counts: Counter[str] = Counter()
+        paired = 0
         for index in some:
-            clip = self._clip(index)
+            clip, draws = self._clip(index), Draws("describe", [0])
             try:
-                chosen = self._choose(clip, self.max_subjects, Draws("describe", [0]))
+                chosen = self._choose(clip, self.max_subjects, draws)
+                paired += any(one.picture.clip.name != clip.name for one in self._shown(clip, chosen, draws))
             except BadVideoError:
                 continue
             counts[f"{len(chosen)} of {len(clip.about.subjects)}" if chosen else "none: the whole frame"] += 1
@@ -179,7 +181,7 @@ class SubjectClips:
             "left_out": self._problems(),
         }
         if self.pairs is not None:
-            about["with pairs"] = int(np.isin(self._groups(), _hashes(self.pairs.clusters())).sum())
+            about[f"with a reference from another clip ({len(some)})"] = f"{paired} clips; the others show themselves"
         return about
 
     def faults(self) -> list[str]:
@@ -336,7 +338,7 @@ class SubjectClips:
                 step = (about.fps or video.fps) / self.target_fps
                 if not step:
                     raise BadVideoError(clip.path, "the frame rate is unknown, which data.target_fps needs")
-            frames = video.get([first + k for k in spread_clip(stop - first, self.num_frames, step, start)])
+            frames = video.get(spread_clip(first, stop, self.num_frames, step, start))
         check_content(identity, clip.path)
         return self._fitted(frames, clip.box(frames)).contiguous()
 

@@ -27,10 +27,6 @@ class SubjectPairs:
         if not self.folder.is_dir():
             raise UserError(f"data.pairs: there is no {self.folder}, expected one JSON file for each cluster of clips")
 
-    def clusters(self) -> list[str]:
-        """Names of all clusters that have pairs."""
-        return sorted(path.stem for path in self.folder.glob("*.json"))
-
     def partners(self, name: str, cluster: str) -> dict[str, list[Partner]]:
         """Those of a clip `<part>/<key>` by the id of its own subject. Raises UserError for a malformed file."""
         found: dict[str, list[Partner]] = {}

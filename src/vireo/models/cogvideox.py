@@ -114,7 +114,7 @@ class CogVideoX(Network):
         """Take in a pipeline's folder, its `transformer/`, or, where an adapter learns, the adapter's file."""
         if lora.is_file(path):
             if self.adapter is None:
-                raise UserError(f"{path} is a LoRA: adapter=lora adapter.weights={path} goes on from it.")
+                raise UserError(f"{path} is a LoRA: say adapter=lora, with its adapter.rank and targets.")
             self.adapter.load(self, path)
             return
         part = saved_networks.find(path, "transformer", "init_from")

@@ -7,8 +7,12 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from vireo.errors import UserError
+
 if TYPE_CHECKING:
     from vireo.lora import LoRA
+
+LORA = ".lora_"  # in the names of an adapter's parameters
 
 
 class Network(nn.Module):
@@ -32,6 +36,19 @@ class Network(nn.Module):
         """
         return {}
 
+    def constants(self) -> Collection[str]:
+        """Names of parameters that no freeze policy trains."""
+        return ()
+
+    def check_trained(self) -> None:
+        """Refuse a choice of what learns that makes no sense, once it is made. Raises UserError."""
+        parts = [parameter for name, parameter in self.named_parameters() if LORA in name]
+        if self.adapter is not None and not any(parameter.requires_grad for parameter in parts):
+            raise UserError(
+                "freeze_policy: nothing of the adapter learns, so it would change nothing. Choose "
+                "freeze-policy=adapter, or new_modules_adapter where new modules learn too."
+            )
+
     @abstractmethod
     def export(self, folder: Path, state: Mapping[str, Tensor]) -> list[Path]:
         """Write the full, unsharded `state` into `folder` in the ecosystem's format; returns the files or folders."""
@@ -42,4 +59,4 @@ class Network(nn.Module):
 
     @abstractmethod
     def load(self, path: Path) -> None:
-        """Take in weights that `export` wrote, or the released ones it imitates. Strict; raises UserError."""
+        """Take in what `export` wrote, by its folder, or the released weights it imitates. Strict; raises UserError."""

@@ -24,6 +24,7 @@ from vireo.pixels import to_pixels
 from vireo.randomness import Draws
 
 VIDEO, REFERENCES, CLIP = "video_latents", "reference_latents_raw", "clip_embeds"
+EMBEDS = "prompt_embeds", "null_prompt_embeds"
 PROCESSOR = "preprocessor_config.json"
 
 
@@ -33,14 +34,14 @@ class ReferenceEncoder(Encoder):
     vae, text_encoder, tokenizer, image_encoder: folders as diffusers and transformers save them, or a pipeline's; the
         tokenizer's default is the pipeline's of the text encoder.
     image_processor: folder of the vision tower's preprocessor_config.json, by default the image_processor/ beside it.
-    text_dtype: what UMT5 computes in, whose output is float32 in any case; VAE and vision tower are float32 always.
+    text_dtype: what UMT5 computes in and its output is cached in; VAE and vision tower are float32 always.
     max_sequence_length: tokens of every text, L; those behind its end are zeros, which the network sees, so it is what
         the weights were trained with: Wan's are 512.
     vae_batch: clips, or references, that the VAE sees at a time; more takes more memory, with the same result.
 
-    Cached outputs, all float32: video_latents (B, 16, t, h, w) and reference_latents_raw (B, R, 16, h, w), the mean of
-    the VAE's posterior, less latents_mean and divided by latents_std of its config, which is the scale that the network
-    sees; clip_embeds (B, R, N, width), the last hidden states but one; (null_)prompt_embeds (B, L, D).
+    Cached outputs, float32 but for texts: video_latents (B, 16, t, h, w) and reference_latents_raw (B, R, 16, h, w),
+    the mean of the VAE's posterior, less latents_mean and divided by latents_std of its config, which is the scale that
+    the network sees; clip_embeds (B, R, N, width), the last hidden states but one; (null_)prompt_embeds (B, L, D).
     Networks are loaded when they are first needed. Raises UserError for folders that do not suit.
     """
 
@@ -64,7 +65,7 @@ class ReferenceEncoder(Encoder):
             )
         self.text_dtype, self.max_sequence_length, self.vae_batch = text_dtype, max_sequence_length, vae_batch
         self.outputs = {VIDEO: "frames", REFERENCES: "references", CLIP: "clip_references"}
-        self.outputs |= {"prompt_embeds": "prompt", "null_prompt_embeds": '""'}
+        self.outputs |= dict(zip(EMBEDS, ("prompt", '""'), strict=True))
         self.vae_part = saved_networks.find(vae, "vae", "model.encoder.vae")
         if self.vae_part.config.get("_class_name") != "AutoencoderKLWan":
             raise UserError(
@@ -113,8 +114,8 @@ class ReferenceEncoder(Encoder):
 
     def condition(self, batch: dict[str, Any], draws: Draws) -> dict[str, Any]:
         """Adds latents (B, 16, t, h, w), reference_latents (B, 16, R, h, w) and reference_clip (B, R, N, width), as far
-        as the batch has what they are made from."""
-        made = {}
+        as the batch has what they are made from; (null_)prompt_embeds become float32."""
+        made = {name: batch[name].float() for name in EMBEDS if name in batch}
         if VIDEO in batch:
             made["latents"] = batch[VIDEO]
         if REFERENCES in batch:
@@ -233,9 +234,9 @@ class ReferenceEncoder(Encoder):
             truncation=True,
             return_tensors="pt",
         ).to(self.device)
-        embeds = self.loaded_text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state.float()
+        embeds = self.loaded_text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
         check_finite(embeds, "The text encoder's embeddings", self.text_dtype)
-        return embeds * tokens.attention_mask[..., None]
+        return embeds * tokens.attention_mask[..., None].to(embeds.dtype)
 
 
 def clean(text: str) -> str:

@@ -21,13 +21,12 @@ from torch import Tensor, nn
 from vireo import lora, tensor_files
 from vireo.errors import UserError
 from vireo.models import wan_attention, wan_weights
-from vireo.models.network import Network
+from vireo.models.network import LORA, Network
 from vireo.models.saved_networks import DTYPES
 from vireo.models.wan_attention import CausalPositions, CausalSelfAttention, Context, DualCrossAttention, KeyValueCache
 
 CLIP_WIDTH = 1280  # of ViT-H/14's tokens
 NEW = ("clip_proj.", "vae_proj.", ".k_vae.", ".v_vae.", ".norm_k_vae.", ".clip_gate")
-LORA = ".lora_"  # in the names of its parameters
 ADAPTER = "references.safetensors"
 PUBLISHED = "model.pt"
 Init = Literal["identity", "published"]
@@ -71,13 +70,14 @@ class WanReferences(Network):
 
     transformer: folder of a diffusers pipeline of Wan 2.1 text-to-video, or its `transformer/`.
     generator: a file with the base weights in Wan's own names that take the place of the folder's: LongLive's
-        `longlive_base.pt`, a native Wan `.safetensors`. generator_lora: LongLive's LoRA, merged into them; lora_alpha:
-        of it. See `wan_weights`.
+        `longlive_base.pt`, a native Wan `.safetensors`. generator_key: what they are called in a file that holds
+        several ("generator_ema"); None takes generator, generator_ema or model, the first of these that there is.
+    generator_lora: LongLive's LoRA, merged into them; lora_alpha: of it. See `wan_weights`.
     mode: "bidirectional", every frame sees every other, as Wan; "causal", groups of `group_frames` latent frames see
         themselves and those before, as LongLive, of which `window_frames` in all, the first `sink_frames` counted in
         (null: all). For training and for roll-outs alike.
     init: "identity", the output is the base's until something was learnt: gates and values of latents begin at zero.
-        "published" begins with gates of 1 and projections whose last linear layer is zero, which disturbs the base.
+        "published" has gates of 1, which stay, and projections whose last linear layer is zero: it disturbs the base.
     clip_dim: width of the CLIP tokens.
     vae_pos_embed: tell tokens of the references' latents where in the picture they are; as published they are a bag.
     dtype: of the weights as they are loaded; what learns is float32 (`FreezePolicy`), and a network in half precision
@@ -92,6 +92,7 @@ class WanReferences(Network):
         self,
         transformer: str,
         generator: str | None = None,
+        generator_key: str | None = None,
         generator_lora: str | None = None,
         lora_alpha: float = 256,
         mode: Literal["bidirectional", "causal"] = "bidirectional",
@@ -111,7 +112,7 @@ class WanReferences(Network):
             if value not in known[key]:
                 raise UserError(f"model.network.{key} is one of {', '.join(known[key])}, got {value!r}.")
         self.export_layout, self.dtype = export_layout, DTYPES[dtype]
-        self._source = (transformer, generator, generator_lora, lora_alpha, self.dtype)
+        self._source = (transformer, generator, generator_key, generator_lora, lora_alpha, self.dtype)
         self._frames = (group_frames, window_frames, sink_frames) if mode == "causal" else None
         self.transformer, self.clip_proj, self.vae_proj = self._start(clip_dim, vae_pos_embed)
         self._seen: Tensor | None = None
@@ -178,6 +179,22 @@ class WanReferences(Network):
         """clip_gate: mean of |gate| over the blocks; vae_over_fused: of the size of what latents add, in proportion."""
         return {} if self._seen is None else dict(zip(("clip_gate", "vae_over_fused"), self._seen, strict=True))
 
+    def constants(self) -> set[str]:
+        """Gates, where all are 1: they are the published formula then, in which there is nothing to learn."""
+        gates = {name: parameter for name, parameter in self.named_parameters() if name.endswith("clip_gate")}
+        return set(gates) if all(bool(gate == 1) for gate in gates.values()) else set()
+
+    def check_trained(self) -> None:
+        """As for every network; and of references that have no effect yet something has to learn."""
+        super().check_trained()
+        new = [(name, p) for name, p in self.named_parameters() if is_new(name.removeprefix("transformer."))]
+        if not any(p.requires_grad or (".v_vae." in name and p.any()) for name, p in new):
+            raise UserError(
+                "freeze_policy: references begin with no effect (v_vae is 0) and nothing of their modules learns. "
+                "Choose freeze-policy=new_modules, with a LoRA new_modules_adapter, or start from trained ones with "
+                "init_from."
+            )
+
     @contextmanager
     def _rolling(self, cache: KeyValueCache | None, keep: bool) -> Iterator[None]:
         """Let the positions know of the cache, if there is one, for the length of a forward."""
@@ -235,7 +252,8 @@ class WanReferences(Network):
         """Take in an export, of either layout, or a checkpoint of the published recipe: a file or the folder with it.
 
         All new modules must be there; of the base what is there, all of it or what was trained. A published checkpoint
-        knows no gates: they are 1 then, which is its formula. A LoRA beside them is taken in where there is an adapter.
+        knows no gates: they are 1 then, which is its formula, and stay. A LoRA beside them is taken in where there is
+        an adapter.
         """
         source = (
             path if path.is_file() else next((path / n for n in (ADAPTER, PUBLISHED) if (path / n).is_file()), path)
@@ -253,7 +271,9 @@ class WanReferences(Network):
             own[name].copy_(value)
         if (path / lora.FILE).is_file():
             if self.adapter is None:
-                raise UserError(f"{path} has a LoRA as well: say adapter=lora, or adapter.weights={path} to train on.")
+                raise UserError(
+                    f"{path} has a LoRA as well: say adapter=lora, with the adapter.rank and targets of its training."
+                )
             self.adapter.load(self, path)
 
 

@@ -98,7 +98,12 @@ def save_published(path: Path, state: Mapping[str, Tensor]) -> Path:
 
 
 def load_transformer(
-    folder: str, generator: str | None, lora: str | None, lora_alpha: float, dtype: torch.dtype
+    folder: str,
+    generator: str | None,
+    generator_key: str | None,
+    lora: str | None,
+    lora_alpha: float,
+    dtype: torch.dtype,
 ) -> Any:
     """A diffusers WanTransformer3DModel on the CPU; arguments as of `WanReferences`.
 
@@ -126,7 +131,7 @@ def load_transformer(
         state, source = saved_networks.tensors(part), part.folder
     else:
         source = Path(generator).expanduser()
-        state = read(source)
+        state = read(source, generator_key)
     if any(".k_vae." in name for name in state):
         raise UserError(
             f"{source} has the modules of the references in it: it is no base. Start from it with init_from={source}, "
