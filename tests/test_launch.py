@@ -309,7 +309,7 @@ def test_a_fault_starts_the_workers_again_but_a_mistake_does_not(tmp_path, monke
     codes = iter([1, 137, 0])
     monkeypatch.setattr(launch, "_start_once", lambda *_: next(codes))
     assert launch.start(tmp_path / "resolved.yaml", {"restarts": 2, "processes": 1}, 0) == 0
-    for code in (2, 75):
+    for code in (2, 75, 130):
         codes = iter([code])
         assert launch.start(tmp_path / "resolved.yaml", {"restarts": 2, "processes": 1}, 0) == code
     codes = iter([1, 1])

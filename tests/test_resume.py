@@ -116,7 +116,7 @@ def test_a_second_ctrl_c_during_the_save_ends_at_once(tmp_path, undisturbed):
         training.seed_default, checkpoint._flush = ask, slow
 
     folder = runs.make(tmp_path, [])
-    assert runs.work(folder, arm, timeout=50) == 75
+    assert runs.work(folder, arm, timeout=50) == 130
     assert checkpoint.steps(folder) == [3, 4], "no half of step 5 is visible"
     assert runs.work(folder) == 0
     same(folder, undisturbed[1])

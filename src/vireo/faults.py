@@ -30,12 +30,15 @@ EXIT_FINISHED = 0
 EXIT_FAULT = 1
 EXIT_MISTAKE = 2  # a UserError
 EXIT_STOPPED = 75  # stopped on request, resumable with the same command (EX_TEMPFAIL)
+EXIT_INTERRUPTED = 128 + signal.SIGINT  # a second Ctrl-C: nothing was saved any more
+
+ECHO = 1.0  # seconds: one Ctrl-C can arrive twice, from the terminal and passed on by torch's launcher or the parent
 
 
 class StopRequest:
     """Whether a signal has asked the run to save and stop. The handler only sets a flag.
 
-    A second Ctrl-C exits at once. Other signals may come several times (from the batch system, from torch's launcher,
+    A second Ctrl-C exits at once; a process that waits in a C library hears nothing, so its parent kills it. Other signals may come several times (from the batch system, from torch's launcher,
     from the parent) and mean the same each time.
     """
 
@@ -51,9 +54,8 @@ class StopRequest:
         self._handle(signal.SIGTERM, None)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        # One Ctrl-C can arrive twice at once: from the terminal and passed on by torch's launcher.
-        if self.signal is not None and number == signal.SIGINT and time.monotonic() - self.asked_at > 1:
-            os._exit(EXIT_STOPPED)
+        if self.signal is not None and number == signal.SIGINT and time.monotonic() - self.asked_at > ECHO:
+            os._exit(EXIT_INTERRUPTED)
         if self.signal is None:
             self.signal, self.asked_at = number, time.monotonic()
 

@@ -254,7 +254,7 @@ def start(resolved: Path, launcher: dict[str, Any], held: int) -> int:
         if attempt:
             print(f"starting again from the last checkpoint ({attempt} of {launcher['restarts']})", flush=True)
         code = _start_once(resolved, number_of_processes(launcher["processes"]), held)
-        if code in (faults.EXIT_FINISHED, faults.EXIT_MISTAKE, faults.EXIT_STOPPED):
+        if code in (faults.EXIT_FINISHED, faults.EXIT_MISTAKE, faults.EXIT_STOPPED, faults.EXIT_INTERRUPTED):
             break
     return code
 

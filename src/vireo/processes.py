@@ -5,6 +5,7 @@ SIGUSR2, and turns every exit code into 1.
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -52,7 +53,7 @@ def run(
 
     On whichever machine that was: a failure on another one ends the workers here. What hung before that is told, with
     the files that hold its stacks. If none failed: 0, or 75 after a
-    requested stop (also one that came before a worker could listen). Rank 0 has the console, the output of each other
+    requested stop (also one that came before a worker could listen); 130 after a second Ctrl-C, which kills them. Rank 0 has the console, the output of each other
     rank goes to `logs/rank_<n>.log` beside the config.
 
     held: file descriptor of the run's lock, which the workers inherit. obsolete: asked now and then whether the workers
@@ -82,6 +83,8 @@ def run(
         finally:
             for worker in workers.values():
                 worker.kill()  # of no effect on those that have ended
+    if signal.SIGKILL in asked:
+        return faults.EXIT_INTERRUPTED
     codes = {rank: faults.EXIT_STOPPED if -code in asked else code for rank, code in codes.items()}
     for rank, code in codes.items():
         if rank in killed and rank in _noted(notes):
@@ -228,10 +231,19 @@ def _about(rank: int, code: int, resolved: Path) -> str:
 
 @contextmanager
 def _forward_signals(workers: Sequence[subprocess.Popen]) -> Iterator[list[int]]:
-    """Pass stop signals on to the workers, and list them."""
+    """Pass stop signals on to the workers, and list them.
+
+    A Ctrl-C after the first request is passed on as SIGKILL: Python's handlers do not run in a worker that waits in a
+    collective or for its GPU.
+    """
     asked: list[int] = []
+    first = math.inf
 
     def forward(number: int, frame: object) -> None:
+        nonlocal first
+        if number == signal.SIGINT and time.monotonic() - first > faults.ECHO:
+            number = signal.SIGKILL
+        first = min(first, time.monotonic())
         for worker in workers:
             worker.send_signal(number)  # of no effect on those that have ended, or heard a Ctrl-C from the terminal
         if number not in asked:
