@@ -109,7 +109,7 @@ def train(
                     objective = _forward(network, encoder, loss, piece, draws, strategy)
                     agreed = distributed.vote(
                         (faults.STOP if stop else 0)
-                        | (faults.BAD_DATA if bad_files.too_many else 0)
+                        | (faults.BAD_DATA if bad_files.news else 0)
                         | (faults.OUT_OF_MEMORY if objective is None else 0)
                     )
                     flags |= agreed
@@ -123,6 +123,8 @@ def train(
                 for name, value in {"loss": objective.total, **objective.metrics}.items():
                     figures[name] = figures.get(name, 0) + value.detach() / parts
 
+        if flags & faults.BAD_DATA:
+            bad_files.share()
         stopping = bool(flags & faults.STOP)
         last = step + 1 == steps or stopping
         logged = last or (step + 1) % log_every == 0
@@ -145,7 +147,7 @@ def train(
             report(step + 1, {**means, **state, **counts, **stopwatch.lap()})
         progress = Progress(step + 1, seen, verdicts.skipped, spikes.usual)
 
-        if flags & faults.BAD_DATA:
+        if bad_files.too_many:
             raise bad_files.error()
         with stopwatch.paused():  # validation and saving are not part of a step's time
             at_boundary(progress, last)
