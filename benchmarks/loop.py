@@ -48,7 +48,7 @@ class Loop:
             max_loss_rise=None,
             bad_files=faults.BadFiles(1, Path(os.devnull)),
             stop=faults.StopRequest(),
-            watchdog=Watchdog(Path(os.devnull), timeout=3600),
+            watchdog=Watchdog(Path(os.devnull), timeout=1e6),
             report=lambda step, figures: None,
             record=lambda incident: None,
             at_boundary=lambda progress, last: None,

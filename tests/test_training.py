@@ -74,7 +74,7 @@ def run(
         max_loss_rise=max_loss_rise,
         bad_files=faults.BadFiles(bad_limit, bad_samples),
         stop=faults.StopRequest() if stop is None else stop,
-        watchdog=Watchdog(Path(os.devnull), timeout=3600),
+        watchdog=Watchdog(Path(os.devnull), timeout=1e6),
         report=lambda step, values: figures.__setitem__(step, dict(values)),
         record=record,
         at_boundary=boundary or (lambda progress, last: None),

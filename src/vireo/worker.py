@@ -292,8 +292,8 @@ class Run:
         if distributed.is_main():
             self.console.step(progress.step)
         if len(self.held_out) and (_due(progress.step, validation["every"]) or progress.step == self.steps):
-            with self.watchdog.paused():
-                self.figures = self.validate(progress.step)
+            self.watchdog.between_steps()
+            self.figures = self.validate(progress.step)
             improved = self._note_best(progress.step)
             self.report(progress.step, self.figures)
         overdue = saving["every_minutes"] and time.monotonic() - self.saved_at > 60 * saving["every_minutes"]
@@ -304,10 +304,10 @@ class Run:
         if out_of_time or progress.step + 1 == self.settings["preempt_at"]:
             self.stop.ask()  # all ranks hear of it in the next step, which is then the last one of this process
         if last or overdue or _due(progress.step, saving["every"]) or (improved and saving["keep_best"]):
-            with self.watchdog.paused():
-                self.save(progress, final=last)
-                if improved and saving["keep_best"]:
-                    self._exported(self._export_best, self.folder / "export" / "best")
+            self.watchdog.between_steps()
+            self.save(progress, final=last)
+            if improved and saving["keep_best"]:
+                self._exported(self._export_best, self.folder / "export" / "best")
 
     def _note_best(self, step: int) -> bool:
         """Whether this validation is the best so far, by `validation.metric`."""
