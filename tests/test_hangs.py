@@ -97,9 +97,10 @@ def test_after_its_end_nothing_is_watched(tmp_path):
 def test_a_forked_child_can_watch_too(tmp_path):
     watchdog = Watchdog(tmp_path / "stacks.txt", timeout=100)
     watchdog.begin_step()
-    child = multiprocessing.get_context("fork").Process(target=watchdog.close)
+    child = multiprocessing.get_context("fork").Process(target=Watchdog(tmp_path / "child.txt", 100).begin_step)
     child.start()
     child.join(20)
     alive = child.is_alive()
     child.kill()
+    watchdog.close()
     assert not alive

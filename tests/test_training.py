@@ -77,7 +77,7 @@ def run(
         watchdog=Watchdog(Path(os.devnull), timeout=1e6),
         report=lambda step, values: figures.__setitem__(step, dict(values)),
         record=record,
-        at_boundary=boundary or (lambda progress, last: None),
+        at_boundary=boundary or (lambda progress, last: False),
     )
     return network, average, figures, progress
 

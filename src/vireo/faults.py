@@ -38,8 +38,9 @@ ECHO = 1.0  # seconds: one Ctrl-C can arrive twice, from the terminal and passed
 class StopRequest:
     """Whether a signal has asked the run to save and stop. The handler only sets a flag.
 
-    A second Ctrl-C exits at once; a process that waits in a C library hears nothing, so its parent kills it. Other signals may come several times (from the batch system, from torch's launcher,
-    from the parent) and mean the same each time.
+    A second Ctrl-C exits at once; a process that waits in a C library hears nothing, so its parent kills it. Other
+    signals may come several times (from the batch system, from torch's launcher, from the parent) and always mean the
+    same.
     """
 
     def __init__(self) -> None:
@@ -74,7 +75,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
 
 class Stopped(Exception):
-    """A signal asked to stop before the loop, which would have saved; the message says how to go on."""
+    """A signal asked to stop where no step is being made; the message says how to go on if nothing is to be saved."""
 
 
 class TooManyFaults(RuntimeError):

@@ -82,7 +82,7 @@ class Watchdog:
             self._arm(self.patience())
 
     def between_steps(self) -> None:
-        """Something begins that is not part of a step and may take longer: clips to validate, a checkpoint, an export."""
+        """What begins is not part of a step and may take longer: a clip to validate, a checkpoint, an export."""
         self.began = self.armed = None
         self._arm(self.most)
 

@@ -65,14 +65,14 @@ def train(
     watchdog: Watchdog,
     report: Callable[[int, Mapping[str, float]], None],
     record: Callable[[Incident], None],
-    at_boundary: Callable[[Progress, bool], None],
+    at_boundary: Callable[[Progress, bool], bool],
 ) -> Progress:
     """Train from `progress` to `steps` optimizer steps, or until `stop`; returns where it ended.
 
     network: the wrapped module, in the mode it trains in. batches: micro-batches of this rank in order. report: gets
     each logged step's figures on every rank (means over micro-steps and ranks). record: gets each step that was turned
     away, on every rank. at_boundary: called on every rank after every step with the progress and whether the run is
-    about to stop; it validates and saves as it sees fit.
+    about to stop; it validates and saves as it sees fit, and returns whether it was asked to stop meanwhile.
     Raises faults.TooManyFaults when non-finite steps or unreadable files pass their limits, or when one sample alone
     does not fit into memory.
     """
@@ -150,7 +150,7 @@ def train(
         if bad_files.too_many:
             raise bad_files.error()
         with stopwatch.paused():  # validation and saving are not part of a step's time
-            at_boundary(progress, last)
+            stopping = at_boundary(progress, last) or stopping
         if stopping:
             break
     return progress
