@@ -48,10 +48,10 @@ class Loop:
             max_loss_rise=None,
             bad_files=faults.BadFiles(1, Path(os.devnull)),
             stop=faults.StopRequest(),
-            watchdog=Watchdog(Path(os.devnull), timeout=3600),
+            watchdog=Watchdog(Path(os.devnull), timeout=1e6),
             report=lambda step, figures: None,
             record=lambda incident: None,
-            at_boundary=lambda progress, last: None,
+            at_boundary=lambda progress, last: False,
         ).step
         for group, rate in zip(self.optimizer.param_groups, base, strict=True):
             group["lr"] = rate  # the loop takes what it finds for the base rate

@@ -23,10 +23,13 @@ import pickle, sys
 from pathlib import Path
 import torch
 from torch import nn
+from tests import test_training
 from tests.test_training import Large, losses, run
-from tests.toys import Denoise
-from vireo import distributed, worker
+from tests.toys import Denoise, ToyDataset
+from vireo import distributed, faults, worker
 from vireo.console import set_up_logging
+from vireo.randomness import order
+from vireo.video_io import BadVideoError
 
 torch.set_num_threads(1)
 
@@ -51,6 +54,21 @@ rank = distributed.rank()
 large = Large(1 if rank == 1 else 2)
 result["out_of_memory"] = losses(run(batch_size=2, loss=large)[2])
 result["sizes"] = large.sizes
+
+class OneFileOfEachRankIsBroken(ToyDataset):
+    broken = order(0, 0, 7)[[0, 2]].tolist()  # of the first step's four samples
+
+    def sample(self, index, draws):
+        if index in self.broken:
+            raise BadVideoError(f"clip {self.broken.index(index)}", "it is empty")
+        return super().sample(index, draws)
+
+test_training.ToyDataset = OneFileOfEachRankIsBroken
+result["bad_files"] = run(batch_size=2, steps=1, bad_limit=2)[2][1]["bad_files"]
+try:
+    run(batch_size=2, steps=1, bad_limit=1)
+except faults.TooManyFaults as error:
+    result["too_many"] = str(error)
 
 result["vote"] = distributed.vote(1 << rank)
 result["gather"] = distributed.gather(f"rank {rank}")
@@ -147,6 +165,13 @@ def test_memory_that_runs_out_on_one_rank_makes_both_take_smaller_pieces(ranks, 
 def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_both(ranks):
     assert ranks[0]["skipped"] == ranks[1]["skipped"] == 1
     assert all(torch.isfinite(p).all() for p in ranks[0]["poisoned"])
+
+
+def test_files_that_cannot_be_read_are_those_of_all_ranks(ranks):
+    for rank in ranks:
+        assert rank["bad_files"] == 2
+        assert "2 files broke while training, at most 1 may" in rank["too_many"]
+        assert "clip 0: it is empty" in rank["too_many"] and "clip 1: it is empty" in rank["too_many"]
 
 
 def test_two_ranks_fill_a_cache_and_train_the_video_editor_as_one_does(ranks, words, edits, tmp_path):

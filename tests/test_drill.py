@@ -27,6 +27,23 @@ def test_it_survives(drilled, title):
     drills.survives(drilled, title)
 
 
+def test_memory_is_not_tried_again_where_others_wait_in_the_forward_pass(drilled):
+    fault, one = next(fault for fault in drill.FAULTS if fault.title == "memory"), drilled[0]
+    assert fault.needs(one) is None and "nothing smaller" in fault.needs({**one, "batch_size": 1})
+    seraena = {"_target_": "vireo.losses.autoencoder_seraena.AutoencoderSeraena"}
+    zero = {"_target_": "vireo.strategies.zero.Zero"}
+    waiting = [
+        ("loss", seraena),
+        ("strategy", {"_target_": "vireo.strategies.sharded.FullySharded"}),
+        ("strategy", {**zero, "config": {"zero_optimization": {"stage": 3}}}),
+    ]
+    two = {**one, "launcher": {**one["launcher"], "processes": 2}}
+    for node, value in waiting:
+        assert "other processes wait" in fault.needs({**two, node: value}) and fault.needs({**one, node: value}) is None
+    assert fault.needs({**two, "strategy": {**zero, "config": {"zero_optimization": {"stage": 2}}}}) is None
+    assert fault.needs(two) is None
+
+
 @pytest.mark.parametrize("title", ["not-finite", "memory"])
 def test_so_do_two_processes(tmp_path, title):
     drills.two_ranks([*TINY, "loader.workers=0"], tmp_path, title)

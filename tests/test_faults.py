@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from tests import ranks, runs
-from vireo import checkpoint, faults, hangs, launch
+from vireo import checkpoint, drill, faults, hangs, launch
 from vireo.mini import world
 
 PAIR = [*runs.TINY, "batch_size=1", "launcher.processes=2", "launcher.timeout=20", "validation.at_start=false"]
@@ -42,9 +42,27 @@ def test_a_process_that_hangs_is_shown_with_all_others_and_the_run_ends(tmp_path
     assert checkpoint.latest(done.folder).step == 4, "of the validation before"
 
 
-def test_memory_that_runs_out_in_backward_ends_the_group_and_it_starts_again(tmp_path, disturbed, capfd):
-    calm = runs.make(tmp_path, [*PAIR[len(runs.TINY) :], "run=calm"])
-    assert ranks.work([calm]) == [[0, 0]]
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory):
+    """The run folder of two processes to which nothing happened."""
+    folder = runs.make(tmp_path_factory.mktemp("calm"), [*PAIR[len(runs.TINY) :], "run=calm"])
+    assert ranks.work([folder]) == [[0, 0]]
+    return folder
+
+
+def test_a_signal_to_one_process_of_two_is_heard_by_both(tmp_path, calm):
+    def ask_the_second():
+        if os.environ["RANK"] == "1":
+            drill._at_step(4, drill._signal(signal.SIGTERM))
+
+    folder = runs.make(tmp_path, [*PAIR[len(runs.TINY) :], "run=asked"])
+    assert ranks.work([folder, folder], ask_the_second) == [[faults.EXIT_STOPPED] * 2, [faults.EXIT_FINISHED] * 2]
+    log = (folder / "train.log").read_text()
+    assert "stopped on request at step 5" in log and "step 5 of 8" in log
+    runs.same(folder, calm)
+
+
+def test_memory_that_runs_out_in_backward_ends_the_group_and_it_starts_again(tmp_path, calm, disturbed, capfd):
     disturbed("out_of_memory_in_backward", 5)
     done = launch.train(*PAIR, f"paths.outputs={tmp_path}", "run=full", "launcher.restarts=1")
     assert done.exit_code == faults.EXIT_FINISHED

@@ -308,10 +308,16 @@ def test_workers_that_are_killed_start_again_from_the_newest_checkpoint(tmp_path
 
 
 def test_a_fault_starts_the_workers_again_but_a_mistake_does_not(tmp_path, monkeypatch):
-    codes = iter([1, 137, 0])
-    monkeypatch.setattr(launch, "_start_once", lambda *_: next(codes))
+    codes, starts = iter([1, 137, 0]), []
+
+    def start(resolved, count, held, started):
+        starts.append(started)
+        return next(codes)
+
+    monkeypatch.setattr(launch, "_start_once", start)
     assert launch.start(tmp_path / "resolved.yaml", {"restarts": 2, "processes": 1}, 0) == 0
-    for code in (2, 75):
+    assert starts == [starts[0]] * 3, "from which max_hours is counted"
+    for code in (2, 75, 130):
         codes = iter([code])
         assert launch.start(tmp_path / "resolved.yaml", {"restarts": 2, "processes": 1}, 0) == code
     codes = iter([1, 1])

@@ -136,6 +136,17 @@ def test_a_stop_before_a_worker_can_listen_is_no_fault(run):
     assert run("time.sleep(60)", "time.sleep(60)") == 75
 
 
+def test_a_second_ctrl_c_ends_a_worker_that_hears_no_signal(run, capfd):
+    """As one that waits in a collective: its handler would run only afterwards."""
+    deaf = "signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+    later(0.7, signal.SIGINT)
+    later(0.9, signal.SIGINT)  # the same one, from the terminal and passed on
+    later(2.0, signal.SIGINT)
+    began = time.monotonic()
+    assert run(deaf, deaf) == 130 and 2 <= time.monotonic() - began < 20
+    assert capfd.readouterr().err == "", "nobody has failed"
+
+
 def test_workers_of_another_machine_that_is_gone_are_ended(run):
     assert run("time.sleep(60)", share=processes.Share(0, 2, "127.0.0.1", 1), obsolete=lambda: True) == 137
 

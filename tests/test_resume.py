@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests import runs
-from vireo import checkpoint
+from vireo import checkpoint, drill, processes
 from vireo.mini import world
 
 
@@ -95,6 +95,38 @@ def test_asked_to_stop(tmp_path, undisturbed, number):
     assert runs.metrics(folder) == runs.metrics(undisturbed[1])
 
 
+def stop_before_the_validation():
+    """Sabotage: SIGTERM in the step after which held-out clips are due."""
+    drill._at_step(3, drill._signal(signal.SIGTERM))
+
+
+def stop_in_the_validation():
+    """Sabotage: SIGTERM while they are scored."""
+    from vireo import worker
+
+    validate = worker.validate
+
+    def asked(*args, folder, **options):
+        if folder.name == "step_00000004":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return validate(*args, folder=folder, **options)
+
+    worker.validate = asked
+
+
+@pytest.mark.parametrize("arm", [stop_before_the_validation, stop_in_the_validation])
+def test_a_stop_does_not_wait_for_a_validation_which_is_made_when_the_run_goes_on(tmp_path, undisturbed, arm):
+    folder = runs.make(tmp_path, [])
+    assert runs.work(folder, arm) == 75
+    assert checkpoint.steps(folder) == [3, 4]
+    assert [row["step"] for row in runs.metrics(folder) if "validation/loss" in row] == [0]
+    assert "step 4: a checkpoint was saved in " in (folder / "train.log").read_text()
+    assert runs.work(folder, runs.die_at(5)) == -signal.SIGKILL  # it is not made twice, either
+    assert runs.work(folder) == 0
+    same(folder, undisturbed[1])
+    assert (folder / "export" / "best").is_dir()
+
+
 def test_a_second_ctrl_c_during_the_save_ends_at_once(tmp_path, undisturbed):
     def arm():
         from vireo import training
@@ -116,7 +148,7 @@ def test_a_second_ctrl_c_during_the_save_ends_at_once(tmp_path, undisturbed):
         training.seed_default, checkpoint._flush = ask, slow
 
     folder = runs.make(tmp_path, [])
-    assert runs.work(folder, arm, timeout=50) == 75
+    assert runs.work(folder, arm, timeout=50) == 130
     assert checkpoint.steps(folder) == [3, 4], "no half of step 5 is visible"
     assert runs.work(folder) == 0
     same(folder, undisturbed[1])
@@ -188,8 +220,9 @@ def test_a_final_save_that_fails_is_no_success_and_the_last_good_one_stays(tmp_p
         assert runs.metrics(folder) == runs.metrics(undisturbed[1])
 
 
-def test_max_hours_ends_a_run_as_a_signal_does(tmp_path, undisturbed):
-    folder = runs.make(tmp_path, ["max_hours=1e-9"])
+def test_max_hours_ends_a_run_as_a_signal_does(tmp_path, undisturbed, monkeypatch):
+    monkeypatch.setenv(processes.STARTED, str(time.time() - 2 * 3600))  # this is a restart, after a fault
+    folder = runs.make(tmp_path, ["max_hours=1.9"])
     assert runs.work(folder) == 75
     assert checkpoint.latest(folder).step == 2, "the step in which all ranks hear of it"
     assert runs.make(tmp_path, []) == folder, "it is no other run"

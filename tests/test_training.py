@@ -43,6 +43,7 @@ def run(
     max_loss_rise=None,
     record=lambda incident: None,
     bad_samples=Path(os.devnull),
+    bad_limit=1,
 ):
     """Train the toy recipe; returns (network, average, reported figures, progress)."""
     strategy = Replicated(precision="fp32")
@@ -71,12 +72,12 @@ def run(
         log_every=log_every,
         max_consecutive_skips=skips,
         max_loss_rise=max_loss_rise,
-        bad_files=faults.BadFiles(1, bad_samples),
+        bad_files=faults.BadFiles(bad_limit, bad_samples),
         stop=faults.StopRequest() if stop is None else stop,
-        watchdog=Watchdog(Path(os.devnull), timeout=3600),
+        watchdog=Watchdog(Path(os.devnull), timeout=1e6),
         report=lambda step, values: figures.__setitem__(step, dict(values)),
         record=record,
-        at_boundary=boundary or (lambda progress, last: None),
+        at_boundary=boundary or (lambda progress, last: False),
     )
     return network, average, figures, progress
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vireo import checkpoint, config, faults
+from vireo.config.instantiation import locate
 
 STEPS, EVERY, AT = 6, 2, 3  # of a drill: its length, from save to save, and the step (from 0) in which the fault comes
 UNEQUAL = ("seconds_per_step", "data_wait", "host_memory", "device_memory")  # figures that two equal runs differ in
@@ -278,8 +279,16 @@ def _damage_the_newest(folder: Path) -> None:
     newest.write_bytes(data)
 
 
-def _needs_two_samples(settings: Mapping[str, Any]) -> str | None:
-    return "batch_size is 1, there is nothing smaller to try" if settings["batch_size"] < 2 else None
+def _needs_what_can_be_tried_again(settings: Mapping[str, Any]) -> str | None:
+    if settings["batch_size"] < 2:
+        return "batch_size is 1, there is nothing smaller to try"
+    if settings["launcher"]["processes"] == 1:
+        return None
+    strategy, loss = (locate(settings[node]["_target_"]) for node in ("strategy", "loss"))
+    zero = settings["strategy"].get("config", {}).get("zero_optimization", {})
+    if strategy.forward_is_local is False or zero.get("stage") == 3 or not loss.is_local:
+        return "other processes wait within this forward pass: they end, and start again from the checkpoint"
+    return None
 
 
 def _needs_workers(settings: Mapping[str, Any]) -> str | None:
@@ -313,7 +322,7 @@ FAULTS = (
         _take_memory,
         faults.EXIT_FINISHED,
         then="close",
-        needs=_needs_two_samples,
+        needs=_needs_what_can_be_tried_again,
         figure="memory_retries",
     ),
     Fault(

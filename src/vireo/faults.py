@@ -24,20 +24,24 @@ log = logging.getLogger(__name__)
 
 # Flags of the vote that every rank casts once a micro-step, before the backward pass.
 STOP = 1  # a signal asked to save and stop at the next step boundary
-BAD_DATA = 2  # the rank cannot go on with its data
+BAD_DATA = 2  # the rank has found files that cannot be read, of which the others do not know
 OUT_OF_MEMORY = 4  # its forward pass did not fit
 
 EXIT_FINISHED = 0
 EXIT_FAULT = 1
 EXIT_MISTAKE = 2  # a UserError
 EXIT_STOPPED = 75  # stopped on request, resumable with the same command (EX_TEMPFAIL)
+EXIT_INTERRUPTED = 128 + signal.SIGINT  # a second Ctrl-C: nothing was saved any more
+
+ECHO = 1.0  # seconds: one Ctrl-C can arrive twice, from the terminal and passed on by torch's launcher or the parent
 
 
 class StopRequest:
     """Whether a signal has asked the run to save and stop. The handler only sets a flag.
 
-    A second Ctrl-C exits at once. Other signals may come several times (from the batch system, from torch's launcher,
-    from the parent) and mean the same each time.
+    A second Ctrl-C exits at once; a process that waits in a C library hears nothing, so its parent kills it. Other
+    signals may come several times (from the batch system, from torch's launcher, from the parent) and always mean the
+    same.
     """
 
     def __init__(self) -> None:
@@ -52,9 +56,8 @@ class StopRequest:
         self._handle(signal.SIGTERM, None)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        # One Ctrl-C can arrive twice at once: from the terminal and passed on by torch's launcher.
-        if self.signal is not None and number == signal.SIGINT and time.monotonic() - self.asked_at > 1:
-            os._exit(EXIT_STOPPED)
+        if self.signal is not None and number == signal.SIGINT and time.monotonic() - self.asked_at > ECHO:
+            os._exit(EXIT_INTERRUPTED)
         if self.signal is None:
             self.signal, self.asked_at = number, time.monotonic()
 
@@ -73,7 +76,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
 
 class Stopped(Exception):
-    """A signal asked to stop before the loop, which would have saved; the message says how to go on."""
+    """A signal asked to stop where no step is being made; the message says how to go on if nothing is to be saved."""
 
 
 class TooManyFaults(RuntimeError):
@@ -172,12 +175,14 @@ class LossSpikes:
 class BadFiles:
     """Files that could not be read while training: each is told once, with the reason, and written down.
 
-    limit: how many there may be on one rank. path: where a line of JSON (step, file, reason) goes for each.
+    limit: how many there may be on all ranks together. path: where a line of JSON (step, file, reason) goes for each.
+    Its length is their number, from this start of the run on: what broke before may have been mended.
     """
 
     def __init__(self, limit: int, path: Path) -> None:
         self.limit, self.path = limit, path
-        self._reasons: dict[str, str] = {}  # by file; one may come again in every epoch
+        self.news: dict[str, str] = {}  # reasons by file, as long as only this rank knows them
+        self._reasons: dict[str, str] = {}  # of all ranks; a file may come again in every epoch
 
     def __len__(self) -> int:
         return len(self._reasons)
@@ -186,18 +191,26 @@ class BadFiles:
     def too_many(self) -> bool:
         return len(self) > self.limit
 
+    def share(self) -> None:
+        """Tell each other what is new. Collective."""
+        from vireo import distributed
+
+        for news in distributed.gather(self.news):
+            self._reasons |= news
+        self.news = {}
+
     def note(self, step: int, found: Iterable[tuple[str, str]]) -> None:
         """found: (file, reason) of what a batch has other samples instead of."""
         for file, reason in found:
-            if file in self._reasons:
+            if file in self._reasons or file in self.news:
                 continue
-            self._reasons[file] = reason
+            self.news[file] = reason
             log.warning("%s cannot be read, so another sample takes its place: %s", file, reason)
             with dispensable(f"the line about {file}"), self.path.open("a") as lines:
                 lines.write(json.dumps({"step": step, "file": file, "reason": reason}) + "\n")
 
     def error(self) -> TooManyFaults:
-        """What to raise when there are too many on some rank."""
+        """What to raise when there are too many."""
         lines = [f"  {file}: {reason}" for file, reason in list(self._reasons.items())[:10]]
         said = f"{len(self)} files broke while training, at most {self.limit} may (data.max_bad_fraction):"
         return TooManyFaults("\n".join([said, *lines]))

@@ -268,18 +268,20 @@ def start(resolved: Path, launcher: dict[str, Any], held: int) -> int:
     """
     if ranks.started() is not None:
         return ranks.work(resolved)
+    started = time.time()
     for attempt in range(launcher["restarts"] + 1):
         if attempt:
             print(f"starting again from the last checkpoint ({attempt} of {launcher['restarts']})", flush=True)
-        code = _start_once(resolved, number_of_processes(launcher["processes"]), held)
-        if code in (faults.EXIT_FINISHED, faults.EXIT_MISTAKE, faults.EXIT_STOPPED):
+        code = _start_once(resolved, number_of_processes(launcher["processes"]), held, started)
+        if code in (faults.EXIT_FINISHED, faults.EXIT_MISTAKE, faults.EXIT_STOPPED, faults.EXIT_INTERRUPTED):
             break
     return code
 
 
-def _start_once(resolved: Path, count: int, held: int) -> int:
+def _start_once(resolved: Path, count: int, held: int, started: float) -> int:
     """On this machine, and on the others of a job that has several."""
-    return processes.run(resolved, count, submitted.share(resolved, count), held, resend=submitted.inside())
+    share, resend = submitted.share(resolved, count), submitted.inside()
+    return processes.run(resolved, count, share, held, resend=resend, started=started)
 
 
 def number_of_processes(asked: int | str) -> int:

@@ -5,6 +5,7 @@ SIGUSR2, and turns every exit code into 1.
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -24,6 +25,7 @@ from vireo.run_folder import log_file, write_json
 GRACE = 10.0  # seconds in which the others may fail by themselves, and write why, after one process has
 SETTLE = 1.0  # seconds in which another machine says that it was its process that failed first
 POLL = 0.05  # seconds
+STARTED = "VIREO_STARTED"  # the variable that says when a run was started, in seconds since 1970
 NOTES = "VIREO_FAILURES"  # the variable that names a folder with <rank>.json for each process that has failed
 
 
@@ -46,17 +48,20 @@ def run(
     held: int | None = None,
     obsolete: Callable[[], bool] = lambda: False,
     resend: bool = False,
+    started: float | None = None,
     entry: Sequence[str] = ("vireo.start_worker",),
 ) -> int:
     """Run `count` workers on a resolved config to their end; returns the exit code of the one that failed first.
 
     On whichever machine that was: a failure on another one ends the workers here. What hung before that is told, with
-    the files that hold its stacks. If none failed: 0, or 75 after a
-    requested stop (also one that came before a worker could listen). Rank 0 has the console, the output of each other
-    rank goes to `logs/rank_<n>.log` beside the config.
+    the files that hold its stacks. If none failed: 0, or 75 after a requested stop (also one that came before a worker
+    could listen). 130 after a second Ctrl-C, which kills them. Rank 0 has the console, the output of each other rank
+    goes to `logs/rank_<n>.log` beside the config.
 
     held: file descriptor of the run's lock, which the workers inherit. obsolete: asked now and then whether the workers
     should end, since those of another machine have.
+
+    started: when this run was, if not now, but started again after a fault.
 
     entry: the module that a worker is, and its arguments behind the parent's number and the config.
 
@@ -70,7 +75,8 @@ def run(
         for old in resolved.parent.glob(".failed-*"):
             shutil.rmtree(old)
     first = share.node * count
-    variables = [{**own, NOTES: str(notes)} for own in environment(count, share)]
+    common = {NOTES: str(notes), STARTED: str(started or began)}
+    variables = [{**own, **common} for own in environment(count, share)]
     workers = {first + k: _start(entry, resolved, first + k, variables[k], held) for k in range(count)}
 
     def needless() -> bool:
@@ -82,6 +88,8 @@ def run(
         finally:
             for worker in workers.values():
                 worker.kill()  # of no effect on those that have ended
+    if signal.SIGKILL in asked:
+        return faults.EXIT_INTERRUPTED
     codes = {rank: faults.EXIT_STOPPED if -code in asked else code for rank, code in codes.items()}
     for rank, code in codes.items():
         if rank in killed and rank in _noted(notes):
@@ -228,10 +236,19 @@ def _about(rank: int, code: int, resolved: Path) -> str:
 
 @contextmanager
 def _forward_signals(workers: Sequence[subprocess.Popen]) -> Iterator[list[int]]:
-    """Pass stop signals on to the workers, and list them."""
+    """Pass stop signals on to the workers, and list them.
+
+    A Ctrl-C after the first request is passed on as SIGKILL: Python's handlers do not run in a worker that waits in a
+    collective or for its GPU.
+    """
     asked: list[int] = []
+    first = math.inf
 
     def forward(number: int, frame: object) -> None:
+        nonlocal first
+        if number == signal.SIGINT and time.monotonic() - first > faults.ECHO:
+            number = signal.SIGKILL
+        first = min(first, time.monotonic())
         for worker in workers:
             worker.send_signal(number)  # of no effect on those that have ended, or heard a Ctrl-C from the terminal
         if number not in asked:

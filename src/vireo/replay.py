@@ -54,9 +54,10 @@ class _Again(Run):
     def record(self, incident: Incident) -> None:
         """It is known."""
 
-    def at_boundary(self, progress: Progress, last: bool) -> None:
+    def at_boundary(self, progress: Progress, last: bool) -> bool:
         if progress.step + 1 == self.target:
             self.stop.ask()  # the next step is the last one before the one that is looked at
+        return False
 
     def reach(self) -> Progress:
         progress = self.resume()

@@ -104,7 +104,7 @@ class SideBySide:
             code = code if code >= 0 else 128 - code
             if "exit_code" not in sweeps.read(one.folder):
                 sweeps.note(one.folder, exit_code=code or faults.EXIT_FAULT, message="its process died")
-            self.stopped |= code == faults.EXIT_STOPPED
+            self.stopped |= code in (faults.EXIT_STOPPED, faults.EXIT_INTERRUPTED)
             if not one.alone:
                 state = sweeps.ENDED.get(code, f"failed ({code})")
                 print(f"job {one.folder.name} {state} after {time.monotonic() - one.began:.0f} s", flush=True)

@@ -13,7 +13,12 @@ from vireo import faults, report, run_folder
 from vireo.tracking import read_metrics
 
 NOTE = "job.json"
-ENDED = {faults.EXIT_FINISHED: "finished", faults.EXIT_STOPPED: "stopped", faults.EXIT_MISTAKE: "mistake"}
+ENDED = {
+    faults.EXIT_FINISHED: "finished",
+    faults.EXIT_STOPPED: "stopped",
+    faults.EXIT_INTERRUPTED: "stopped",
+    faults.EXIT_MISTAKE: "mistake",
+}
 
 
 def note(folder: Path, **facts: Any) -> None:

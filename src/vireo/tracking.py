@@ -18,12 +18,15 @@ log = logging.getLogger(__name__)
 class MetricsFile:
     """One JSON object a line: {"step": …, metrics…}. Rows after a resumed step are removed, so no step stands twice.
 
-    Rows that cannot be written, since the disk is full, wait until they can.
+    Rows that cannot be written, since the disk is full, wait until they can. validated: whether the resumed step's
+    validation is part of what is resumed; else its row is removed too.
     """
 
-    def __init__(self, path: Path, resume_step: int) -> None:
+    def __init__(self, path: Path, resume_step: int, validated: bool = True) -> None:
         self.path = path
         kept = [row for row in read_metrics(path) if row["step"] <= resume_step] if resume_step else []
+        if not validated:
+            kept = [row for row in kept if row["step"] < resume_step or "loss" in row]
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         temporary.replace(path)

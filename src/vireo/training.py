@@ -66,14 +66,14 @@ def train(
     watchdog: Watchdog,
     report: Callable[[int, Mapping[str, float]], None],
     record: Callable[[Incident], None],
-    at_boundary: Callable[[Progress, bool], None],
+    at_boundary: Callable[[Progress, bool], bool],
 ) -> Progress:
     """Train from `progress` to `steps` optimizer steps, or until `stop`; returns where it ended.
 
     network: the wrapped module, in the mode it trains in. batches: micro-batches of this rank in order. report: gets
     each logged step's figures on every rank (means over micro-steps and ranks). record: gets each step that was turned
     away, on every rank. at_boundary: called on every rank after every step with the progress and whether the run is
-    about to stop; it validates and saves as it sees fit.
+    about to stop; it validates and saves as it sees fit, and returns whether it was asked to stop meanwhile.
     Raises faults.TooManyFaults when non-finite steps or unreadable files pass their limits, or when one sample alone
     does not fit into memory.
     """
@@ -110,7 +110,7 @@ def train(
                     objective = _forward(network, encoder, loss, piece, draws, strategy)
                     agreed = distributed.vote(
                         (faults.STOP if stop else 0)
-                        | (faults.BAD_DATA if bad_files.too_many else 0)
+                        | (faults.BAD_DATA if bad_files.news else 0)
                         | (faults.OUT_OF_MEMORY if objective is None else 0)
                     )
                     flags |= agreed
@@ -124,6 +124,8 @@ def train(
                 for name, value in {"loss": objective.total, **objective.metrics}.items():
                     figures[name] = figures.get(name, 0) + value.detach() / parts
 
+        if flags & faults.BAD_DATA:
+            bad_files.share()
         stopping = bool(flags & faults.STOP)
         last = step + 1 == steps or stopping
         logged = last or (step + 1) % log_every == 0
@@ -146,10 +148,10 @@ def train(
             report(step + 1, {**means, **state, **counts, **stopwatch.lap()})
         progress = Progress(step + 1, seen, verdicts.skipped, spikes.usual, spikes.seen)
 
-        if flags & faults.BAD_DATA:
+        if bad_files.too_many:
             raise bad_files.error()
         with stopwatch.paused():  # validation and saving are not part of a step's time
-            at_boundary(progress, last)
+            stopping = at_boundary(progress, last) or stopping
         if stopping:
             break
     return progress

@@ -2,14 +2,14 @@
 
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from vireo import distributed
+from vireo import distributed, faults
 from vireo.comparison import show
 from vireo.data.stream import Stream, collate, to_device
 from vireo.losses.objective import Loss
@@ -151,6 +151,7 @@ def validate(
     fps: float | None = None,
     gif: bool = False,
     pictures: int = 4,
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """Mean measures over the first `clips` held-out clips, shared out over the ranks; the same on every rank.
 
@@ -158,12 +159,16 @@ def validate(
     Writes side-by-side videos and one PNG grid of the first `pictures` clips into `folder`, each on the rank that
     has it. fps: of these videos; None: the clips' own. gif: whether they are GIFs as well. Where clips cannot be read,
     unreadable_clips says how many, and the means are those of the others.
+
+    stop: asked on every rank after each clip. Raises faults.Stopped on all of them if it is true on one.
     """
     count = min(clips, len(stream.dataset))
     rank, world = distributed.rank(), distributed.world_size()
     mine = [(rank + world * turn) % count for turn in range(-(-count // world))]
     scores, shown = [], {}
     for score, columns in score_clips(network, encoder, loss, sampler, stream, mine, batch_size, device):
+        if distributed.vote(int(stop())):
+            raise faults.Stopped("stopped on request before a step was made; the same command goes on from here")
         scores.append(score)
         if score.clip < pictures and score.unreadable is None:
             shown[score.clip] = (columns, fps or score.fps)

@@ -55,6 +55,7 @@ class Run:
 
     def __init__(self, settings: dict[str, Any], folder: Path, stop: faults.StopRequest) -> None:
         self.settings, self.folder, self.stop = settings, folder, stop
+        self.started_at = float(os.environ.get(processes.STARTED) or time.time())  # before any restart
         self.strategy = objects.strategy(settings)
         self.device = self.strategy.device
         _check_agreement(settings)
@@ -89,7 +90,8 @@ class Run:
         self.best: dict[str, float] | None = None
         self.tracker_id: str | None = None
         self.figures: dict[str, float] = {}
-        self.started_at = self.saved_at = time.monotonic()
+        self.saved_at = time.monotonic()
+        self.owes_validation = False  # of the step that it goes on from, since a stop did not wait for it
         self.memory_creep = memory.Creep()
         self.watchdog = Watchdog(hangs.file_of(folder, distributed.rank()), settings["launcher"]["timeout"])
         self.writer = ThreadPoolExecutor(1, "checkpoint")
@@ -142,6 +144,7 @@ class Run:
             self.average.load(self.strategy.scatter(found.tensors("ema")))
         self.strategy.load_state(found.state["strategy"])
         self.best, self.tracker_id = found.state["best"], found.state["tracker_id"]
+        self.owes_validation = found.state.get("owes_validation", False)
         log.info("resumed from %s: step %d of %d", found.folder, found.step, self.steps)
         state = found.state
         return Progress(found.step, state["position"], state["skipped"], state["usual_loss"], state["losses_seen"])
@@ -182,7 +185,8 @@ class Run:
         """From the newest checkpoint to the end of the run; returns the exit code."""
         settings, progress = self.settings, self.resume()
         if distributed.is_main():
-            metrics_file = tracking.MetricsFile(self.folder / "metrics.jsonl", progress.step)
+            path = self.folder / "metrics.jsonl"
+            metrics_file = tracking.MetricsFile(path, progress.step, validated=not self.owes_validation)
             self.log = tracking.Log(metrics_file, objects.tracker(settings))
             self.tracker_id = self.log.start(
                 folder=self.folder,
@@ -207,6 +211,8 @@ class Run:
             self._check_network()
             if settings["validation"]["at_start"] and len(self.held_out):
                 self.report(0, self.validate(0))
+        elif self.owes_validation and self._judge(progress.step):
+            self._keep_best()
         return self.finish(self.advance(progress))
 
     def advance(self, progress: Progress) -> Progress:
@@ -290,29 +296,43 @@ class Run:
             self.log.metrics(step, figures)
             self.console.show(step, figures)
 
-    def at_boundary(self, progress: Progress, last: bool) -> None:
-        """After every step, on every rank: validate and save when it is time."""
-        validation, saving = self.settings["validation"], self.settings["checkpoint"]
-        improved = False
+    def at_boundary(self, progress: Progress, last: bool) -> bool:
+        """After every step, on every rank: validate and save when it is time. Whether a stop was asked for meanwhile.
+
+        A stop has little time to save in, so it does not wait for a validation, which is made when the run goes on;
+        that of the last step is always made.
+        """
+        saving, done, improved = self.settings["checkpoint"], progress.step == self.steps, False
         if distributed.is_main():
             self.console.step(progress.step)
-        if len(self.held_out) and (_due(progress.step, validation["every"]) or progress.step == self.steps):
-            with self.watchdog.paused():
-                self.figures = self.validate(progress.step)
-            improved = self._note_best(progress.step)
-            self.report(progress.step, self.figures)
+        due = len(self.held_out) and (done or _due(progress.step, self.settings["validation"]["every"]))
+        self.owes_validation = bool(due)
+        if due and (done or not last):
+            with contextlib.suppress(faults.Stopped):
+                improved = self._judge(progress.step)
+        last |= self.owes_validation
         overdue = saving["every_minutes"] and time.monotonic() - self.saved_at > 60 * saving["every_minutes"]
         # Clocks differ between ranks; the main process's decides.
         overdue = distributed.gather(bool(overdue))[0] if saving["every_minutes"] else False
         hours = self.settings["max_hours"]
-        out_of_time = hours is not None and time.monotonic() - self.started_at > 3600 * hours
+        out_of_time = hours is not None and time.time() - self.started_at > 3600 * hours
         if out_of_time or progress.step + 1 == self.settings["preempt_at"]:
             self.stop.ask()  # all ranks hear of it in the next step, which is then the last one of this process
         if last or overdue or _due(progress.step, saving["every"]) or (improved and saving["keep_best"]):
-            with self.watchdog.paused():
-                self.save(progress, final=last)
-                if improved and saving["keep_best"]:
-                    self._exported(self._export_best, self.folder / "export" / "best")
+            self.watchdog.between_steps()
+            self.save(progress, final=last)
+            if improved:
+                self._keep_best()
+        return self.owes_validation
+
+    def _judge(self, step: int) -> bool:
+        """Validate and report; whether it is the best so far. Raises faults.Stopped where a stop was asked for."""
+        self.watchdog.between_steps()
+        self.figures = self.validate(step)
+        self.owes_validation = False
+        improved = self._note_best(step)
+        self.report(step, self.figures)
+        return improved
 
     def _note_best(self, step: int) -> bool:
         """Whether this validation is the best so far, by `validation.metric`."""
@@ -351,6 +371,7 @@ class Run:
                 folder=folder,
                 fps=settings["fps"],
                 gif=settings["gif"],
+                stop=lambda: self._asked_between_clips(step),
             )
         self.policy.train_mode(self.network)
         if distributed.is_main():
@@ -358,9 +379,15 @@ class Run:
                 self.log.picture(step, f"validation/{path.stem}", path)
         return {f"validation/{name}": value for name, value in figures.items()}
 
+    def _asked_between_clips(self, step: int) -> bool:
+        """Whether to give a validation up; called after each clip."""
+        self.watchdog.between_steps()
+        return bool(self.stop) and step < self.steps
+
     def save(self, progress: Progress, final: bool) -> None:
         """Write a checkpoint, in the background if asked; a final save that fails ends the run with it."""
         self._settle_save()
+        began = time.monotonic()
         parts = {
             "network": weights.trained_state(self.network, self.strategy.full_state()),
             "optimizer": self.strategy.moments(),
@@ -378,17 +405,21 @@ class Run:
                 "best": self.best,
                 "frozen": self.frozen,
                 "tracker_id": self.tracker_id,
+                "owes_validation": self.owes_validation,
             }
-            self.saving = (progress.step, self.writer.submit(self._write, progress.step, copies, about))
+            self.saving = (progress.step, self.writer.submit(self._write, progress.step, copies, about, began))
         else:
             self.saving = (progress.step, None)
         self.saved_at = time.monotonic()
         if final or not self.settings["checkpoint"]["background"]:
             self._settle_save(final)
 
-    def _write(self, step: int, parts: Mapping[str, Mapping[str, Tensor]], about: Mapping[str, Any]) -> None:
+    def _write(
+        self, step: int, parts: Mapping[str, Mapping[str, Tensor]], about: Mapping[str, Any], began: float
+    ) -> None:
         saving = self.settings["checkpoint"]
         checkpoint.save(self.folder, step, parts, about)
+        log.info("step %d: a checkpoint was saved in %.1f s", step, time.monotonic() - began)
         best = int(about["best"]["step"]) if about["best"] and saving["keep_best"] else None
         checkpoint.retain(self.folder, saving["keep_last"], saving["keep_every"], best)
 
@@ -412,6 +443,11 @@ class Run:
         with self.average.applied():  # a state on the CPU shares the network's memory, so it is written in here
             state = self.strategy.full_state()
             return export(folder, state) if distributed.is_main() else None
+
+    def _keep_best(self) -> None:
+        """Export the averaged weights as the best ones, if that is wanted."""
+        if self.settings["checkpoint"]["keep_best"]:
+            self._exported(self._export_best, self.folder / "export" / "best")
 
     def _export_best(self, folder: Path, state: Mapping[str, Tensor]) -> None:
         """A failure is told, and the run goes on, as after a failed save; `vireo export` makes it of the checkpoint."""

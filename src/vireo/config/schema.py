@@ -175,7 +175,11 @@ class Config:
     num_frames: int = knob("frames that the network is conditioned on or makes", at_least=1)
     height: int = knob("pixels", at_least=1)
     width: int = knob("pixels", at_least=1)
-    max_hours: float | None = knob("stop after so many hours as a preempted job does; null: never", None, above=0)
+    max_hours: float | None = knob(
+        "stop so many hours after the start, restarts included, as if preempted; null: never",
+        None,
+        above=0,
+    )
     precision: Precision = knob("auto: bf16 where the GPU has it, else fp32", Precision.auto)
 
     run: str | None = knob("name of the run's folder; without one: the overrides in short and a hash", None)

@@ -29,7 +29,7 @@ def main(words: Sequence[str]) -> int:
         from vireo.mini import world
 
         world.ensure()
-    processes_here = number_of_processes(settings["launcher"]["processes"])
+    settings["launcher"]["processes"] = processes_here = number_of_processes(settings["launcher"]["processes"])
 
     def start(folder: Path, fault: drill.Fault | None) -> int:
         print(f"  {folder.name}: {fault.what if fault else 'no fault'}", flush=True)
