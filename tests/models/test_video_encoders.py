@@ -310,6 +310,19 @@ def test_a_complete_cache_needs_no_weights_and_gives_what_they_give(folders, dat
     assert filled(folders["1.5"], data, tmp_path, image_variants=2)[0] == 0
 
 
+def test_text_encoder_and_vae_are_never_loaded_at_once(folders, data, tmp_path, monkeypatch):
+    loaded, encode = [], VideoTextEncoder.encode
+
+    def noted(encoder, output, values):
+        encodings = encode(encoder, output, values)
+        loaded.append([part for part in encoder.parts if part in vars(encoder)])
+        return encodings
+
+    monkeypatch.setattr(VideoTextEncoder, "encode", noted)
+    assert filled(folders["i2v"], data, tmp_path, image_variants=2)[0] == 2 + 2 + 2 + 1
+    assert loaded == [["loaded_text_encoder"]] * 2 + [["loaded_vae"]] * 2, "both kinds of texts, pictures, clips"
+
+
 def test_another_clip_under_the_same_name_is_encoded(folders, data, tmp_path):
     before = filled(folders["t2v"], data, tmp_path)[1]
     videos.write_flat(data / "videos" / "1.mp4", 9, 16, 32, first=40)
