@@ -269,14 +269,22 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path):
     (root / "videos" / "1.mp4").write_bytes(b"no video")
     (root / "videos" / "2.mp4").unlink()
     captions.write_list(root / "prompts.txt", ["one", "two", "three", "", "five"])
+    (root / "0.png").write_text("no picture")
+    Image.effect_noise((40, 40), 50).save(root / "1.png")
+    (root / "2.png").write_bytes((root / "1.png").read_bytes()[:900])
+    captions.write_list(root / "images.txt", ["0.png", "1.png", "2.png", "3.png"])
     with pytest.raises(UserError) as error:
-        make(root)
+        make(root, image="listed")
     told = str(error.value)
     for part in (
-        "prompts.txt 5, videos.txt 4; prompts.txt, line 5 ('five') has no partner in videos.txt",
+        "prompts.txt 5, videos.txt 4, images.txt 4; "
+        "prompts.txt, line 5 ('five') has no partner in videos.txt and images.txt",
         "prompts.txt, line 4: blank",
         f"videos.txt, line 3: there is no file videos/2.mp4 in {root}",
         "videos.txt, line 2: videos/1.mp4: not a video",
+        "images.txt, line 1: 0.png: not a picture, or of an unknown format",
+        "images.txt, line 3: 2.png: the picture is damaged",
+        f"images.txt, line 4: there is no file 3.png in {root}",
         "take the lines out of all the lists",
     ):
         assert part in told, part

@@ -363,16 +363,9 @@ class CaptionedClips:
             advice = "vireo prepare makes it of the first frames; or take data.image=first_frame"
             problems.append(f"there is no {caption_lists.ALIASES['images'][0]}: {advice}")
         rows = range(min(len(file.lines) for file in files.values()))
-        infos: dict[int, VideoInfo] = {}
-        if videos is not None:
-            there = {row: videos.file(row) for row in rows if videos.lines[row] and videos.file(row).exists()}
-            findings = scan({videos.lines[row]: path for row, path in there.items()}, folder)
-            for row in there:
-                found = findings[videos.lines[row]]
-                if isinstance(found, str):
-                    problems.append(f"{videos.place(row)}: {videos.lines[row]}: {found}")
-                else:
-                    infos[row] = found
+        infos = _looked_at(videos, rows, folder, problems) if videos else {}
+        if images:
+            _looked_at(images, rows, folder, problems, pictures=True)
         clips = []
         for row in rows:
             if videos is not None and row not in infos:
@@ -549,6 +542,22 @@ class Pool(NamedTuple):
     bucket: Bucket
     weight: float
     clips: list[int]
+
+
+def _looked_at(
+    file: caption_lists.ListFile, rows: Sequence[int], folder: Path, problems: list[str], pictures: bool = False
+) -> dict[int, VideoInfo]:
+    """What the files of these rows are like, where they are there; `problems` gets those that cannot be read."""
+    there = {row: file.file(row) for row in rows if file.lines[row] and file.file(row).exists()}
+    findings = scan({file.lines[row]: path for row, path in there.items()}, folder, pictures)
+    infos = {}
+    for row in there:
+        found = findings[file.lines[row]]
+        if isinstance(found, str):
+            problems.append(f"{file.place(row)}: {file.lines[row]}: {found}")
+        else:
+            infos[row] = found
+    return infos
 
 
 def _with_token(caption: str, id_token: str | None) -> str:
