@@ -312,6 +312,10 @@ def test_departures_that_are_known_to_fail_are_told(root, tmp_path, caplog):
     folder = shutil.copytree(root, tmp_path / "copy")
     captions.write_list(folder / "prompts.txt", ["same", "same", "other"])
     assert "1 captions come more than once, such as 'same'" in make(folder).notes
+    CaptionedClips.prepare(folder)
+    assert any("images.txt is not read: data.image=first_frame" in n for n in make(folder, image="first_frame").notes)
+    for image in ("none", "listed"):
+        assert not any("is not read" in note for note in make(folder, image=image).notes)
 
 
 @pytest.mark.parametrize(
@@ -325,6 +329,8 @@ def test_departures_that_are_known_to_fail_are_told(root, tmp_path, caplog):
         ({"buckets": [[9, 32]]}, r"buckets\[0\] is \[9, 32\], expected three numbers"),
         ({"mix": {"a": 0}}, "mix.a is 0, expected more than 0"),
         ({"image": "listed"}, "there is no images.txt"),
+        ({"images": "a.txt"}, "images=a.txt is read with image=listed alone, which is none"),
+        ({"images": "a.txt", "image": "first_frame"}, "with image=listed alone, which is first_frame"),
         ({"pad": "x", "image": "y"}, "(?s)image is 'y'.*pad is 'x'"),
     ],
 )

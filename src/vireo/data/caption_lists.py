@@ -75,6 +75,11 @@ def read(
     return Lists(files, problems)
 
 
+def present(root: Path, kind: str) -> list[Path]:
+    """The list files of a kind in a folder, under any of their usual names."""
+    return [root / alias for alias in ALIASES[kind] if (root / alias).is_file()]
+
+
 def _outside(root: Path, listed: Iterable[tuple[ListFile, int]], allow_outside_root: bool) -> Iterator[str]:
     for file, row in listed:
         try:
@@ -88,7 +93,7 @@ def _find(root: Path, kind: str, name: str | None) -> Path | None:
         if not (root / name).is_file():
             raise UserError(f"data.{kind}={name}: there is no such file in {root}")
         return root / name
-    there = [root / alias for alias in ALIASES[kind] if (root / alias).is_file()]
+    there = present(root, kind)
     if len(there) > 1:
         raise UserError(f"{root} has {' and '.join(path.name for path in there)}: say which one by data.{kind}=<name>")
     return there[0] if there else None

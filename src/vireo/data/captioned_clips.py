@@ -124,7 +124,7 @@ class CaptionedClips:
         self.pad, self.resize = pad, resize
         self.mix = dict(mix or {})
         self.buckets = [Bucket(num_frames, height, width)]
-        self._check_arguments(buckets)
+        self._check_arguments(buckets, validation)
         if split == "validation":
             id_token = id_token if validation_id_token else None
             self.start = "center" if start == "random" else start
@@ -487,6 +487,9 @@ class CaptionedClips:
             notes.append(f"{len(twice)} captions come more than once, such as {next(iter(twice))!r}")
         if self.split == "train" and 0 < len(self) < FEW:
             notes.append(f"{len(self)} clips: a new concept or style needs at least {FEW}")
+        unused = [path for folder in self.mix or [""] for path in caption_lists.present(self.root / folder, "images")]
+        if self.image == "first_frame" and self.split == "train" and unused:
+            notes.append(f"{unused[0].relative_to(self.root)} is not read: data.image=first_frame; take data.image=listed for its pictures")
         videos = [clip for clip in self.clips if clip.info is not None]
         if self.resize == "stretch":
             worst = max((_distortion(c.info, c.bucket) for c in videos if c.info), key=_unevenness, default=1.0)
@@ -497,7 +500,7 @@ class CaptionedClips:
             notes.append(f"{len(short)} clips are too short and padded (data.pad={self.pad}), such as {short[0]}")
         return notes
 
-    def _check_arguments(self, buckets: Sequence[Sequence[int]] | None) -> None:
+    def _check_arguments(self, buckets: Sequence[Sequence[int]] | None, validation: str | None) -> None:
         """Report every argument that makes no sense, together."""
         shapes: dict[str, Sequence[int]] = {"num_frames, height, width": self.buckets[0]}
         shapes |= {f"buckets[{place}]": tuple(bucket) for place, bucket in enumerate(buckets or ())}
@@ -527,6 +530,9 @@ class CaptionedClips:
             problems.append(f"fps is {self.fps}, expected more than 0")
         if self.windows is not None and (self.start != "random" or self.windows < 1):
             problems.append(f"windows is {self.windows}, expected at least 1, and start=random")
+        # First frames leave one use for a list: a validation folder that has no videos.
+        if self.names["images"] and not (self.image == "listed" or (self.image == "first_frame" and validation)):
+            problems.append(f"images={self.names['images']} is read with image=listed alone, which is {self.image}")
         if not 0 <= self.max_bad_fraction <= 1:
             problems.append(f"max_bad_fraction is {self.max_bad_fraction}, expected 0 to 1")
         problems += [
