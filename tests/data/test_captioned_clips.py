@@ -184,6 +184,16 @@ def test_a_validation_folder(root, tmp_path):
     assert sample["frames"].load().shape == (9, 3, 32, 32) and sample["fps"] == 25
 
 
+def test_one_picture_may_have_several_captions(root, tmp_path):
+    folder = tmp_path
+    captions.write_list(folder / "prompts.txt", ["up", "down", "left"])
+    Image.new("RGB", (40, 40), (7, 8, 9)).save(folder / "one.png")
+    captions.write_list(folder / "images.txt", ["one.png"] * 3)
+    held = make(root, validation=str(folder), split="validation", image="first_frame")
+    assert len(held) == 3 and held.notes == [f"1 pictures come more than once, such as {folder / 'one.png'}"]
+    assert [held.sample(index, draws())["prompt"] for index in range(3)] == ["up", "down", "left"]
+
+
 def test_held_out_clips_are_not_trained_on(root):
     splits = [
         {clips.sample(index, draws())["name"] for index in range(len(clips))}

@@ -48,7 +48,8 @@ class Lists(NamedTuple):
 def read(
     root: Path, names: Mapping[str, str | None], empty_captions: bool = False, allow_outside_root: bool = False
 ) -> Lists:
-    """The list files of a folder and their faults: counts that differ, blank lines, files that are not there, or twice.
+    """The list files of a folder and their faults: counts that differ, blank lines, files that are not there, clips that
+    come twice (pictures may).
 
     names: for each kind that is wanted a file name relative to `root`, or None for whichever of ALIASES is there. Only
     prompts must be there, so a caller looks at what it got. empty_captions: whether an inner blank line of the prompts
@@ -71,7 +72,7 @@ def read(
         if not (kind == "prompts" and empty_captions):
             problems += [f"{file.place(row)}: blank" for row, line in enumerate(file.lines) if not line]
         if kind != "prompts":
-            problems += _file_problems(file)
+            problems += _file_problems(file, once=kind == "videos")
     return Lists(files, problems)
 
 
@@ -127,7 +128,7 @@ def _count_problems(files: Mapping[str, ListFile]) -> list[str]:
     return [f"the lists differ in length: {told}; {longest.place(shortest)} ({first!r}) has no partner in {lacking}"]
 
 
-def _file_problems(file: ListFile) -> list[str]:
+def _file_problems(file: ListFile, once: bool) -> list[str]:
     problems, first_rows = [], dict[str, int]()
     for row, line in enumerate(file.lines):
         if not line:
@@ -135,7 +136,7 @@ def _file_problems(file: ListFile) -> list[str]:
         path = os.path.realpath(file.file(row))
         if not os.path.exists(path):
             problems.append(f"{file.place(row)}: there is no file {line} in {file.path.parent}")
-        elif path in first_rows:
+        elif once and path in first_rows:
             problems.append(f"{file.place(row)}: {line} is the file of line {first_rows[path] + 1} already")
         first_rows.setdefault(path, row)
     return problems

@@ -482,9 +482,10 @@ class CaptionedClips:
     def _notes(self) -> list[str]:
         """What may be meant, and is known to go wrong."""
         notes = []
-        twice = {prompt: count for prompt, count in Counter(clip.prompt for clip in self.clips).items() if count > 1}
-        if twice:
-            notes.append(f"{len(twice)} captions come more than once, such as {next(iter(twice))!r}")
+        if twice := _repeated([clip.prompt for clip in self.clips]):
+            notes.append(f"{len(twice)} captions come more than once, such as {twice[0]!r}")
+        if twice := _repeated([str(clip.image) for clip in self.clips if clip.image is not None]):
+            notes.append(f"{len(twice)} pictures come more than once, such as {twice[0]}")
         if self.split == "train" and 0 < len(self) < FEW:
             notes.append(f"{len(self)} clips: a new concept or style needs at least {FEW}")
         unused = [path for folder in self.mix or [""] for path in caption_lists.present(self.root / folder, "images")]
@@ -570,6 +571,10 @@ def _with_token(caption: str, id_token: str | None) -> str:
     if id_token is None or caption == id_token or caption.startswith(f"{id_token} "):
         return caption
     return f"{id_token} {caption}".rstrip()
+
+
+def _repeated(values: Sequence[str]) -> list[str]:
+    return [value for value, count in Counter(values).items() if count > 1]
 
 
 def _chosen(weights: Sequence[float], u: float) -> int:
