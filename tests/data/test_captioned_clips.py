@@ -132,9 +132,25 @@ def test_prepare_extracts_first_frames(root, tmp_path):
     assert torch.equal(sample["image"].load(), sample["frames"].load()[0])
     with pytest.raises(UserError, match="exist: remove them"):
         CaptionedClips.prepare(folder)
-    out = tmp_path / "elsewhere"
-    out.mkdir()
-    assert str(out) in CaptionedClips.prepare(folder, out=out) and (out / "images" / "2.png").is_file()
+
+
+def test_first_frames_elsewhere_are_found_by_the_words_that_are_told(root, tmp_path, monkeypatch):
+    """As the page has it: `out` relative to where one is, a folder that need not have captions yet."""
+    monkeypatch.chdir(tmp_path)
+    folder = shutil.copytree(root, tmp_path / "copy", ignore=shutil.ignore_patterns("prompts.txt"))
+    told = CaptionedClips.prepare(folder, out="first_frames")
+    words = dict(word.split("=") for word in told.splitlines()[-1].removeprefix("to start from them: ").split())
+    assert words == {"data.image": "listed", "data.images": str(tmp_path / "first_frames" / "images.txt")}
+    clips = make(root, image=words["data.image"], images=words["data.images"])
+    assert torch.equal(clips.sample(1, draws())["image"].load(), clips.sample(1, draws())["frames"].load()[0])
+    captions.write_list(tmp_path / "held" / "prompts.txt", ["up"])
+    Image.new("RGB", (40, 40)).save(tmp_path / "held" / "one.png")
+    captions.write_list(tmp_path / "held" / "images.txt", ["one.png"])
+    assert len(make(root, split="validation", validation=str(tmp_path / "held"), image="listed",
+                    images=words["data.images"])) == 1  # fmt: skip
+    captions.write_list(tmp_path / "first_frames" / "images.txt", ["../copy/images/0.png"] * 3)
+    with pytest.raises(UserError, match=r"images.txt, line 1: .* lies outside .*first_frames"):
+        make(root, image="listed", images=words["data.images"])
 
 
 def test_prepare_fails_on_a_clip_that_cannot_be_read(tmp_path):

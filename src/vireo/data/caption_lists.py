@@ -6,7 +6,7 @@ clips; here only blank lines at the end are dropped, and everything that is wron
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,20 +52,23 @@ def read(
     come twice (pictures may).
 
     names: for each kind that is wanted a file name relative to `root`, or None for whichever of ALIASES is there. Only
-    prompts must be there, so a caller looks at what it got. empty_captions: whether an inner blank line of the prompts
-    is a caption. allow_outside_root: whether clips and pictures may lie outside `root`.
-    Raises UserError without a folder or prompts, for names that several files have, for what is no UTF-8 text, and for
-    lines that lead out of `root` though they may not.
+    the first kind must be there, so a caller looks at what it got. empty_captions: whether an inner blank line of the
+    prompts is a caption. allow_outside_root: whether clips and pictures may lie outside `root`, or outside the folder
+    of their list where that was named and lies elsewhere.
+    Raises UserError without a folder or a list of the first kind, for names that several files have, for what is no
+    UTF-8 text, and for lines that lead out though they may not.
     """
     if not root.is_dir():
         raise UserError(f"there is no folder {root}: expected one with {ALIASES['prompts'][0]} and its clips")
     found = {kind: _find(root, kind, name) for kind, name in names.items()}
     files = {kind: ListFile(path, _lines(path)) for kind, path in found.items() if path is not None}
-    if "prompts" not in files:
+    needed = next(iter(names))
+    if needed not in files:
         beside = f"; {root} has {', '.join(sorted(p.name for p in root.iterdir())[:8]) or 'nothing in it'}"
-        raise UserError(f"no captions in {root}: expected {' or '.join(ALIASES['prompts'])}{beside}")
-    listed = [(file, row) for kind, file in files.items() if kind != "prompts" for row in range(len(file.lines))]
-    if outside := list(_outside(root, listed, allow_outside_root)):
+        what = "captions" if needed == "prompts" else needed
+        raise UserError(f"no {what} in {root}: expected {' or '.join(ALIASES[needed])}{beside}")
+    listing = [file for kind, file in files.items() if kind != "prompts"]
+    if outside := [told for file in listing for told in _outside(root, file, allow_outside_root)]:
         raise UserError(f"{root} cannot be used:\n{shortened(outside)}")
     problems = _count_problems(files)
     for kind, file in files.items():
@@ -81,10 +84,11 @@ def present(root: Path, kind: str) -> list[Path]:
     return [root / alias for alias in ALIASES[kind] if (root / alias).is_file()]
 
 
-def _outside(root: Path, listed: Iterable[tuple[ListFile, int]], allow_outside_root: bool) -> Iterator[str]:
-    for file, row in listed:
+def _outside(root: Path, file: ListFile, allow_outside_root: bool) -> Iterator[str]:
+    home = root if file.path.resolve().is_relative_to(root.resolve()) else file.path.parent
+    for row in range(len(file.lines)):
         try:
-            inside(root, file.file(row), allow_outside_root)
+            inside(home, file.file(row), allow_outside_root)
         except ValueError as error:
             yield f"{file.place(row)}: {error}"
 

@@ -67,7 +67,8 @@ class CaptionedClips:
     split: "train" or "validation", whose clips are those of the folder `validation` (below root, or any path; the same
         layout, in which only captions must be there), or else the share of root that `held_out` says
         (`vireo.data.held_out`).
-    prompts, videos, images: names of the list files; null takes the usual ones.
+    prompts, videos, images: names of the list files; null takes the usual ones. One that is absolute is root's, so the
+        folder `validation` has the usual one.
     image: "first_frame" is that of the clip as shown, the very same pixels; "listed" is from the list of images, and so
         it is where a validation folder has no videos.
     mix: folders below root with their weights, {ships: 2, horses: 1}, in place of root itself: how often a sample comes
@@ -133,6 +134,7 @@ class CaptionedClips:
         self.id_token = id_token
 
         if split == "validation" and validation is not None:
+            self.names = {kind: None if Path(name or "").is_absolute() else name for kind, name in self.names.items()}
             self.clips = self._read(self.root / Path(validation).expanduser(), 0, "")
         else:
             folders = list(self.mix) or [""]
