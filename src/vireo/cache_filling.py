@@ -372,6 +372,7 @@ def _loader(
         collate_fn=list,
         timeout=timeout if workers else 0,
         worker_init_fn=start_worker,
+        generator=torch.Generator(),  # else it takes its workers' seed from torch's, in runs that fill a cache alone
     )
 
 
