@@ -133,7 +133,9 @@ def test_the_weights_say_which_scheduler_suits_them(models):
     case, folder, *_ = models
     ours = sampler(case, folder)
     assert (ours.scheduler, ours.guidance.dynamic) == (
-        ("CogVideoXDPMScheduler", STEPS) if case["scheduler"]["snr_shift_scale"] == 1 else ("CogVideoXDDIMScheduler", None)
+        ("CogVideoXDPMScheduler", STEPS)
+        if case["scheduler"]["snr_shift_scale"] == 1
+        else ("CogVideoXDDIMScheduler", None)
     )
     assert sampler(case, folder, scheduler="CogVideoXDDIMScheduler").guidance.dynamic is None
     assert sampler(case, folder, dynamic_guidance=True).guidance.dynamic == STEPS

@@ -492,7 +492,9 @@ class CaptionedClips:
             notes.append(f"{len(self)} clips: a new concept or style needs at least {FEW}")
         unused = [path for folder in self.mix or [""] for path in caption_lists.present(self.root / folder, "images")]
         if self.image == "first_frame" and self.split == "train" and unused:
-            notes.append(f"{unused[0].relative_to(self.root)} is not read: data.image=first_frame; take data.image=listed for its pictures")
+            notes.append(
+                f"{unused[0].relative_to(self.root)} is not read: data.image=first_frame; take data.image=listed for its pictures"
+            )
         videos = [clip for clip in self.clips if clip.info is not None]
         if self.resize == "stretch":
             worst = max((_distortion(c.info, c.bucket) for c in videos if c.info), key=_unevenness, default=1.0)
