@@ -53,9 +53,7 @@ def test_foreign_moments_are_refused():
 
 def test_offloaded_moments_make_the_same_updates_and_survive_a_restart():
     def offloaded(network):
-        return adamw(
-            [{"name": "default", "params": list(network.named_parameters())}], lr=0.1, moments="offloaded"
-        )
+        return adamw([{"name": "default", "params": list(network.named_parameters())}], lr=0.1, moments="offloaded")
 
     torch.manual_seed(0)
     one, two, three = (nn.Linear(3, 2) for _ in range(3))

@@ -48,8 +48,7 @@ class Lists(NamedTuple):
 def read(
     root: Path, names: Mapping[str, str | None], empty_captions: bool = False, allow_outside_root: bool = False
 ) -> Lists:
-    """The list files of a folder and their faults: counts that differ, blank lines, files that are not there, clips that
-    come twice (pictures may).
+    """The list files of a folder and their faults: counts that differ, blank lines, missing files, clips listed twice.
 
     names: for each kind that is wanted a file name relative to `root`, or None for whichever of ALIASES is there. Only
     the first kind must be there, so a caller looks at what it got. empty_captions: whether an inner blank line of the

@@ -493,7 +493,7 @@ class CaptionedClips:
         unused = [path for folder in self.mix or [""] for path in caption_lists.present(self.root / folder, "images")]
         if self.image == "first_frame" and self.split == "train" and unused:
             notes.append(
-                f"{unused[0].relative_to(self.root)} is not read: data.image=first_frame; take data.image=listed for its pictures"
+                f"{unused[0].relative_to(self.root)} is not read, since data.image=first_frame; listed reads it"
             )
         videos = [clip for clip in self.clips if clip.info is not None]
         if self.resize == "stretch":
