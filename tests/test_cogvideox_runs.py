@@ -16,7 +16,7 @@ from PIL import Image
 from tests import runs
 from tests.data import captions
 from tests.golden.fill import noise
-from vireo import checkpoint, config, objects
+from vireo import checkpoint, config, objects, worker
 from vireo.mini import world
 from vireo.models.cogvideox import CogVideoX
 from vireo.verbs import arguments, check, prepare, sample, trained
@@ -61,6 +61,31 @@ def test_drawn_shapes_and_folders_resume_exactly(tmp_path):
     for source in (straight, found.folder):  # a finished run is its export
         began = objects.network({**settings, "init_from": str(source)}).state_dict()
         assert all(torch.equal(began[name], value) for name, value in found.tensors("network").items()), source
+
+
+def note_loaded_parts():
+    """Writes which of the encoder's networks each validation leaves in memory."""
+    validate = worker.Run.validate
+
+    def noted(run, step):
+        figures = validate(run, step)
+        loaded = [part for part in run.encoder.parts if part in vars(run.encoder)]
+        (run.folder / f"loaded_{step}").write_text(" ".join(loaded))
+        return figures
+
+    worker.Run.validate = noted
+
+
+@pytest.mark.parametrize(("kind", "left"), [("t2v", ""), ("i2v", "loaded_vae")])
+def test_validation_leaves_nothing_in_memory_that_steps_do_not_need(kind, left, tmp_path):
+    """Its sampler decodes; the exact noise on pictures needs the VAE at every step."""
+    world.ensure()
+    data = captions.write(tmp_path / "data", [9, 9, 9], (64, 64))
+    words = [f"experiment=cogvideox_{kind}_lora", "size=mini", f"paths.data={data}", "data.validation=null", *QUIET]
+    words += ["data.held_out=0.4", "batch_size=1", "steps=1", "validation.clips=1"]
+    folder = runs.make(tmp_path, words, shrunk=False)
+    assert runs.work(folder, note_loaded_parts) == 0, (folder / "train.log").read_text()
+    assert {(folder / f"loaded_{step}").read_text() for step in (0, 1)} == {left}
 
 
 def through_a_pipeline(folder, settings):

@@ -173,7 +173,7 @@ def test_every_key_does_something(words, plain, tmp_path, change):
 
 
 def test_eight_bit_moments_without_a_gpu_are_a_mistake(words, tmp_path):
-    folder = runs.make(tmp_path, [*words, "optimizer=adamw_8bit"], shrunk=False)
+    folder = runs.make(tmp_path, [*words, "optimizer.moments=8bit"], shrunk=False)
     assert runs.work(folder) == 2
     log = (folder / "train.log").read_text()
     assert "GPU" in log and "Traceback" not in log

@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch import nn
 
+from vireo import config
 from vireo.errors import UserError
 from vireo.muon import Muon
-from vireo.optimizers import OffloadedAdamW, adamw, adamw_8bit, load_moments, moment_bytes, moments
+from vireo.optimizers import adamw, load_moments, moment_bytes, moments
 
 
 def make(network):
@@ -52,7 +53,7 @@ def test_foreign_moments_are_refused():
 
 def test_offloaded_moments_make_the_same_updates_and_survive_a_restart():
     def offloaded(network):
-        return OffloadedAdamW([{"name": "default", "params": list(network.named_parameters())}], lr=0.1)
+        return adamw([{"name": "default", "params": list(network.named_parameters())}], lr=0.1, moments="offloaded")
 
     torch.manual_seed(0)
     one, two, three = (nn.Linear(3, 2) for _ in range(3))
@@ -100,13 +101,15 @@ class AdamW8bit(torch.optim.Optimizer):
 
 @pytest.fixture
 def eight_bit(monkeypatch):
-    """`optimizers.adamw_8bit` as on a machine with a GPU and bitsandbytes."""
+    """`adamw` with moments="8bit" as on a machine with a GPU and bitsandbytes."""
     package, module = ModuleType("bitsandbytes"), ModuleType("bitsandbytes.optim")
     module.AdamW8bit = AdamW8bit
     monkeypatch.setitem(sys.modules, "bitsandbytes", package)
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", module)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    return lambda network: adamw_8bit([{"name": "default", "params": list(network.named_parameters())}], lr=0.1)
+    return lambda network: adamw(
+        [{"name": "default", "params": list(network.named_parameters())}], lr=0.1, moments="8bit"
+    )
 
 
 def test_eight_bit_moments_survive_a_restart(eight_bit):
@@ -128,12 +131,24 @@ def test_eight_bit_moments_survive_a_restart(eight_bit):
 
 
 def test_eight_bits_need_a_gpu_and_a_package(monkeypatch):
-    with pytest.raises(UserError, match="needs a GPU.*optimizer=adamw"):
-        adamw_8bit([], lr=0.1)
+    with pytest.raises(UserError, match="needs a GPU.*optimizer.moments=fp32"):
+        adamw([], lr=0.1, moments="8bit")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UserError, match="pip install bitsandbytes"):
-        adamw_8bit([], lr=0.1)
+        adamw([], lr=0.1, moments="8bit")
+    with pytest.raises(UserError, match="optimizer.moments is '4bit', expected fp32, 8bit or offloaded"):
+        adamw([], lr=0.1, moments="4bit")
+
+
+@pytest.mark.parametrize("kind", ["fp32", "8bit", "offloaded"])
+def test_how_moments_are_kept_leaves_a_recipes_numbers(kind, eight_bit):
+    """CogVideoX's betas and decay are not AdamW's usual ones."""
+    words = ["experiment=cogvideox_t2v_lora", "size=mini", f"optimizer.moments={kind}"]
+    group = {"name": "default", "params": list(nn.Linear(3, 2).named_parameters())}
+    made = config.instantiate(config.settings(words)["optimizer"])([group], lr=2e-5)
+    expected = {"lr": 2e-5, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 1e-4}
+    assert {name: made.defaults[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon", "eight_bit"])

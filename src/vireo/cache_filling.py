@@ -116,7 +116,8 @@ def fill(
 
     name: of the manifest that says who needs these entries. batch_size: how many are encoded at once. workers, timeout:
     of the loader. thorough: believe an entry that is there only after its checksum. stop: ends it after a batch.
-    The encoder's weights are loaded when there is something to encode, and freed afterwards. Files that change
+    The encoder's weights are loaded when there is something to encode, those for texts first, which are freed before
+    others are loaded; none stay afterwards. Files that change
     meanwhile are told and looked at once more, so that an entry never holds another content than its key says.
     Raises UserError, on all ranks, for an encoding that is not finite (it names the file), for weights that are being
     replaced, for a disk without room for what is missing, and for a folder that cannot be written. Whatever else ends
@@ -263,6 +264,7 @@ class _Share:
         self.writing: Future[int] | None = None
         self.encoded, self.unreadable = 0, list[_Unreadable]()
         self.compared: set[str] = set()
+        self.texts_before = False
         self.problem: Exception | None = None
 
     def take_turn(self) -> None:
@@ -271,6 +273,10 @@ class _Share:
             batch: list[tuple[Wanted, Decoded]] = next(self.batches, [])
             self.unreadable += [value for _, value in batch if isinstance(value, _Unreadable)]
             for ones, values in _alike(batch, self.encoder.device):
+                is_text = isinstance(values, list)
+                if self.texts_before and not is_text:
+                    self.encoder.free()  # T5 need not leave room for the VAE
+                self.texts_before = is_text
                 encodings = _encode(self.encoder, ones, values)
                 self._compare_weights(ones[0].output)
                 self._check_space(ones[0].output, encodings[0])
@@ -357,10 +363,13 @@ class _Undecoded(TorchDataset):
 
 
 def _batches(missing: Sequence[Wanted], size: int) -> list[list[int]]:
-    """Numbers of what is missing, in batches of one output each."""
+    """Numbers of what is missing, in batches of one output each; those of texts come first."""
+
+    def kind(number: int) -> tuple[bool, str]:
+        return missing[number].place is not None, missing[number].output
+
     batches = []
-    order = sorted(range(len(missing)), key=lambda number: missing[number].output)
-    for _, group in groupby(order, key=lambda number: missing[number].output):
+    for _, group in groupby(sorted(range(len(missing)), key=kind), key=kind):
         numbers = list(group)
         batches += [numbers[first : first + size] for first in range(0, len(numbers), size)]
     return batches
@@ -381,6 +390,7 @@ def _loader(
         collate_fn=list,
         timeout=timeout if workers else 0,
         worker_init_fn=start_worker,
+        generator=torch.Generator(),  # else it takes its workers' seed from torch's, in runs that fill a cache alone
     )
 
 

@@ -116,7 +116,7 @@ class Room:
 
 LEVERS = (
     "What takes less memory, cheapest first: a smaller batch_size with more gradient_accumulation, precision=bf16, "
-    "model.network.gradient_checkpointing=true, optimizer=adamw_8bit, ema.decay=0, strategy=fsdp or zero2 on several "
+    "model.network.gradient_checkpointing=true, optimizer.moments=8bit, ema.decay=0, strategy=fsdp or zero2 on several "
     "GPUs, strategy=fsdp_offload or zero2_offload, fewer frames or pixels."
 )
 

@@ -1,6 +1,7 @@
 """Optimizers, and their moments by parameter name."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,36 +16,38 @@ def adamw(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.01,
+    moments: Literal["fp32", "8bit", "offloaded"] = "fp32",
 ) -> torch.optim.Optimizer:
     """AdamW with decoupled weight decay (Loshchilov and Hutter 2019), torch's fused kernel.
 
     The fused kernel can turn an update away by a flag on the device, so that a non-finite step needs no
     synchronisation with the host; torch has it for CPUs too.
+    moments: "8bit" are those of Dettmers et al. 2021 (https://arxiv.org/abs/2110.02861); tensors of less than 4096
+    numbers keep 32 bits. "offloaded" ones are in the host's memory, see `OffloadedAdamW`.
+    Raises UserError for 8 bits without a GPU or without bitsandbytes.
     """
-    return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, weight_decay=weight_decay, fused=True)
+    numbers: dict[str, Any] = {"lr": lr, "betas": (betas[0], betas[1]), "eps": eps, "weight_decay": weight_decay}
+    match moments:
+        case "fp32":
+            return torch.optim.AdamW(groups, **numbers, fused=True)
+        case "8bit":
+            return _adamw_8bit()(groups, **numbers)
+        case "offloaded":
+            return OffloadedAdamW(groups, **numbers)
+    raise UserError(f"optimizer.moments is {moments!r}, expected fp32, 8bit or offloaded")
 
 
-def adamw_8bit(
-    groups: Sequence[dict],
-    lr: float,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.01,
-) -> torch.optim.Optimizer:
-    """AdamW whose moments take 8 bits a number instead of 32 (Dettmers et al. 2021, https://arxiv.org/abs/2110.02861).
-
-    Tensors of less than 4096 numbers keep 32 bits. Raises UserError without a GPU or without bitsandbytes.
-    """
+def _adamw_8bit() -> type[torch.optim.Optimizer]:
     if not torch.cuda.is_available():
-        raise UserError("optimizer=adamw_8bit needs a GPU, and torch sees none here; use optimizer=adamw.")
+        raise UserError("optimizer.moments=8bit needs a GPU, and torch sees none here; use optimizer.moments=fp32.")
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
         raise UserError(
-            f"optimizer=adamw_8bit needs bitsandbytes, which cannot be imported ({error}): pip install bitsandbytes, "
-            "or use optimizer=adamw."
+            f"optimizer.moments=8bit needs bitsandbytes, which cannot be imported ({error}): pip install bitsandbytes, "
+            "or use optimizer.moments=fp32."
         ) from error
-    return AdamW8bit(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, weight_decay=weight_decay)
+    return AdamW8bit
 
 
 class OffloadedAdamW(torch.optim.Optimizer):

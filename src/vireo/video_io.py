@@ -164,6 +164,12 @@ def probe(path: str | Path, folder_fps: float = 24.0) -> VideoInfo:
         video.close()
 
 
+def probe_image(path: str | Path) -> VideoInfo:
+    """Decode one picture and describe it, as a video of one frame without a rate. Raises BadVideoError."""
+    height, width, _ = _read_image(Path(path)).shape
+    return VideoInfo(1, 0.0, height, width, "pillow")
+
+
 @cache
 def decoder_version(decoder: str) -> str:
     """Name and version of what decodes, for identities of what is cached: "pillow 12.0.0".

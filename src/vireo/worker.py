@@ -357,6 +357,7 @@ class Run:
         """Figures of the held-out clips with the averaged weights, named "validation/…"; the same on every rank."""
         settings = self.settings["validation"]
         folder = self.folder / "samples" / f"step_{step:08d}"
+        of_training = self.encoder.loaded_parts()
         self.network.eval()
         with self.average.applied():
             figures = validate(
@@ -374,6 +375,7 @@ class Run:
                 stop=lambda: self._asked_between_clips(step),
             )
         self.policy.train_mode(self.network)
+        self.encoder.free(but=of_training)  # with a cache, only sampling needs the VAE
         if distributed.is_main():
             for path in sorted(folder.glob("*.png")):
                 self.log.picture(step, f"validation/{path.stem}", path)

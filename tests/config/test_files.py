@@ -49,7 +49,7 @@ def test_experiments_compose_validate_and_resolve(experiment, size, full):
         *[[f"cache={name}"] for name in ("on", "off")],
         ["strategy=single"],
         ["optimizer=adamw"],
-        ["optimizer=adamw_8bit"],
+        ["optimizer.moments=8bit"],
         ["model=ip2p_video_text", "freeze-policy=unet_text_encoder", "loss=ip2p"],
         ["data=clips"],
         ["debug=quick"],

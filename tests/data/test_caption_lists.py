@@ -76,6 +76,11 @@ def test_files_that_are_missing_or_come_twice(root):
     ]
 
 
+def test_pictures_may_come_twice(root):
+    captions.write_list(root / "images.txt", ["videos/a.mp4"] * 3)
+    assert not caption_lists.read(root, {**BOTH, "images": None}).problems
+
+
 def test_what_cannot_be_read_at_all(root, tmp_path):
     with pytest.raises(UserError, match="there is no folder"):
         read(root / "nowhere")

@@ -132,9 +132,25 @@ def test_prepare_extracts_first_frames(root, tmp_path):
     assert torch.equal(sample["image"].load(), sample["frames"].load()[0])
     with pytest.raises(UserError, match="exist: remove them"):
         CaptionedClips.prepare(folder)
-    out = tmp_path / "elsewhere"
-    out.mkdir()
-    assert str(out) in CaptionedClips.prepare(folder, out=out) and (out / "images" / "2.png").is_file()
+
+
+def test_first_frames_elsewhere_are_found_by_the_words_that_are_told(root, tmp_path, monkeypatch):
+    """As the page has it: `out` relative to where one is, a folder that need not have captions yet."""
+    monkeypatch.chdir(tmp_path)
+    folder = shutil.copytree(root, tmp_path / "copy", ignore=shutil.ignore_patterns("prompts.txt"))
+    told = CaptionedClips.prepare(folder, out="first_frames")
+    words = dict(word.split("=") for word in told.splitlines()[-1].removeprefix("to start from them: ").split())
+    assert words == {"data.image": "listed", "data.images": str(tmp_path / "first_frames" / "images.txt")}
+    clips = make(root, image=words["data.image"], images=words["data.images"])
+    assert torch.equal(clips.sample(1, draws())["image"].load(), clips.sample(1, draws())["frames"].load()[0])
+    captions.write_list(tmp_path / "held" / "prompts.txt", ["up"])
+    Image.new("RGB", (40, 40)).save(tmp_path / "held" / "one.png")
+    captions.write_list(tmp_path / "held" / "images.txt", ["one.png"])
+    assert len(make(root, split="validation", validation=str(tmp_path / "held"), image="listed",
+                    images=words["data.images"])) == 1  # fmt: skip
+    captions.write_list(tmp_path / "first_frames" / "images.txt", ["../copy/images/0.png"] * 3)
+    with pytest.raises(UserError, match=r"images.txt, line 1: .* lies outside .*first_frames"):
+        make(root, image="listed", images=words["data.images"])
 
 
 def test_prepare_fails_on_a_clip_that_cannot_be_read(tmp_path):
@@ -182,6 +198,16 @@ def test_a_validation_folder(root, tmp_path):
     captions.write(folder / "with_clips", [12])
     sample = make(folder, validation="with_clips", split="validation").sample(0, draws())
     assert sample["frames"].load().shape == (9, 3, 32, 32) and sample["fps"] == 25
+
+
+def test_one_picture_may_have_several_captions(root, tmp_path):
+    folder = tmp_path
+    captions.write_list(folder / "prompts.txt", ["up", "down", "left"])
+    Image.new("RGB", (40, 40), (7, 8, 9)).save(folder / "one.png")
+    captions.write_list(folder / "images.txt", ["one.png"] * 3)
+    held = make(root, validation=str(folder), split="validation", image="first_frame")
+    assert len(held) == 3 and held.notes == [f"1 pictures come more than once, such as {folder / 'one.png'}"]
+    assert [held.sample(index, draws())["prompt"] for index in range(3)] == ["up", "down", "left"]
 
 
 def test_held_out_clips_are_not_trained_on(root):
@@ -269,14 +295,22 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path):
     (root / "videos" / "1.mp4").write_bytes(b"no video")
     (root / "videos" / "2.mp4").unlink()
     captions.write_list(root / "prompts.txt", ["one", "two", "three", "", "five"])
+    (root / "0.png").write_text("no picture")
+    Image.effect_noise((40, 40), 50).save(root / "1.png")
+    (root / "2.png").write_bytes((root / "1.png").read_bytes()[:900])
+    captions.write_list(root / "images.txt", ["0.png", "1.png", "2.png", "3.png"])
     with pytest.raises(UserError) as error:
-        make(root)
+        make(root, image="listed")
     told = str(error.value)
     for part in (
-        "prompts.txt 5, videos.txt 4; prompts.txt, line 5 ('five') has no partner in videos.txt",
+        "prompts.txt 5, videos.txt 4, images.txt 4; "
+        "prompts.txt, line 5 ('five') has no partner in videos.txt and images.txt",
         "prompts.txt, line 4: blank",
         f"videos.txt, line 3: there is no file videos/2.mp4 in {root}",
         "videos.txt, line 2: videos/1.mp4: not a video",
+        "images.txt, line 1: 0.png: not a picture, or of an unknown format",
+        "images.txt, line 3: 2.png: the picture is damaged",
+        f"images.txt, line 4: there is no file 3.png in {root}",
         "take the lines out of all the lists",
     ):
         assert part in told, part
@@ -304,6 +338,10 @@ def test_departures_that_are_known_to_fail_are_told(root, tmp_path, caplog):
     folder = shutil.copytree(root, tmp_path / "copy")
     captions.write_list(folder / "prompts.txt", ["same", "same", "other"])
     assert "1 captions come more than once, such as 'same'" in make(folder).notes
+    CaptionedClips.prepare(folder)
+    assert any("images.txt is not read, since" in n for n in make(folder, image="first_frame").notes)
+    for image in ("none", "listed"):
+        assert not any("is not read" in note for note in make(folder, image=image).notes)
 
 
 @pytest.mark.parametrize(
@@ -317,6 +355,8 @@ def test_departures_that_are_known_to_fail_are_told(root, tmp_path, caplog):
         ({"buckets": [[9, 32]]}, r"buckets\[0\] is \[9, 32\], expected three numbers"),
         ({"mix": {"a": 0}}, "mix.a is 0, expected more than 0"),
         ({"image": "listed"}, "there is no images.txt"),
+        ({"images": "a.txt"}, "images=a.txt is read with image=listed alone, which is none"),
+        ({"images": "a.txt", "image": "first_frame"}, "with image=listed alone, which is first_frame"),
         ({"pad": "x", "image": "y"}, "(?s)image is 'y'.*pad is 'x'"),
     ],
 )

@@ -94,6 +94,19 @@ def test_folders_of_frames_are_remembered_too(tmp_path, probed):
     assert scan(clip, tmp_path)["clip"].num_frames == 4
 
 
+def test_pictures_are_remembered_apart_from_videos(root, probed, monkeypatch):
+    from PIL import Image
+
+    Image.new("RGB", (8, 6)).save(root / "picture.png")
+    names = {name: root / name for name in ("picture.png", "a.mp4")}
+    looked_at, probe_image = [], scanning.probe_image
+    monkeypatch.setattr(scanning, "probe_image", lambda path: looked_at.append(path.name) or probe_image(path))
+    found = scan(names, root, pictures=True)
+    assert found["picture.png"] == VideoInfo(1, 0.0, 6, 8, "pillow") and "not a picture" in found["a.mp4"]
+    assert scan(names, root, pictures=True) == found and sorted(looked_at) == ["a.mp4", "picture.png"]
+    assert scan(names, root)["a.mp4"].num_frames == 12
+
+
 @pytest.mark.parametrize(
     "content",
     [

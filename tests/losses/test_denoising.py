@@ -142,6 +142,19 @@ def test_one_draw_decides_for_one_sample_only():
     assert data["condition_latents"].all() and (data["prompt_embeds"] == 1).all(), "the batch stays"
 
 
+def test_texts_and_images_may_be_dropped_at_rates_of_their_own():
+    count = 100_000
+    data = {"condition_latents": torch.ones(count, 1, 1), "prompt_embeds": torch.ones(count, 1)}
+    data["null_prompt_embeds"] = torch.full((count, 1), 2.0)
+    for text, image in ((0.1, 0.05), (0.0, 0.2), (0.9, 0.0)):
+        drops = loss(condition_dropout=text, image_dropout=image, image_inputs=IMAGES)
+        found = drops.conditions(data, Draws(0, range(count)))
+        no_text, no_image = found["prompt_embeds"].flatten() == 2, found["condition_latents"].flatten() == 0
+        shares = {"text": (no_text, text), "image": (no_image, image), "both": (no_text & no_image, text * image)}
+        for name, (mask, expected) in shares.items():
+            assert mask.float().mean().item() == pytest.approx(expected, abs=0.004), name
+
+
 def test_text_alone_and_token_numbers():
     data = {"latents": torch.zeros(3, 1), "prompt_ids": torch.tensor([[5, 6]] * 3)}
     data["null_prompt_ids"] = torch.tensor([[0, 9]] * 3)
@@ -188,7 +201,10 @@ def test_dropped_frames_that_are_not_finite_do_no_harm():
         ({"condition_dropout": 0.34, "image_inputs": IMAGES}, r"must lie in \[0, 0.333\]"),
         ({"condition_dropout": -0.1}, r"must lie in \[0, 1\]"),
         ({"history_dropout": 1.5, "image_inputs": IMAGES}, "history_dropout=1.5"),
-        ({"history_dropout": 0.5}, "must name what history_dropout drops"),
+        ({"history_dropout": 0.5}, "must name the pictures that are dropped"),
+        ({"image_dropout": 0.5}, "must name the pictures that are dropped"),
+        ({"image_dropout": 1.5, "image_inputs": IMAGES}, "image_dropout=1.5 must lie in"),
+        ({"image_dropout": 0.0, "condition_dropout": 1.5, "image_inputs": IMAGES}, r"must lie in \[0, 1\]"),
         ({"image_inputs": ["frames"]}, r"image_inputs=\['frames'\] must name some of model.inputs"),
     ],
 )

@@ -44,6 +44,14 @@ def test_freed_parts_are_loaded_again():
     assert encoder.loads == 2 and torch.equal(before["null_prompt_embeds"], after["null_prompt_embeds"])
 
 
+def test_parts_may_stay_when_others_are_freed():
+    encoder = Latents()
+    encoder(batch(), Draws(0, range(B)))
+    assert encoder.loaded_parts() == {"loaded", "_of_text"}
+    encoder.free(but=["loaded"])
+    assert encoder.loaded_parts() == {"loaded"} and encoder.loads == 1
+
+
 def test_without_an_encoder_a_batch_stays_as_it_is():
     given = batch()
     assert NoEncoder()(given, Draws(0, range(B))) == given

@@ -61,6 +61,9 @@ def test_longer_clips_than_the_weights_have_seen_are_told(transformer, caplog):
     assert not caplog.text
     check_clips(81, 480, 720, transformer(sample_frames=49))
     assert "clips of 81 frames: these weights were trained on 49" in caplog.text
+    caplog.clear()
+    check_clips(161, 768, 1360, transformer(sample_frames=81, patch_size_t=2))
+    assert not caplog.text, "1.5 knows both lengths, 81 and 161"
     native = {"sample_height": 60, "sample_width": 90, "sample_frames": 49}
     check_clips(33, 480, 720, transformer(use_learned_positional_embeddings=True, **native))
     assert "learnt positions are of clips of 49 frames alone" in caplog.text

@@ -129,6 +129,18 @@ def test_it_gives_the_pipelines_videos(models, scheduler, scale, dynamic, monkey
     torch.testing.assert_close(columns["prediction"], video.clamp(0, 1), rtol=0, atol=1e-5)
 
 
+def test_the_weights_say_which_scheduler_suits_them(models):
+    case, folder, *_ = models
+    ours = sampler(case, folder)
+    assert (ours.scheduler, ours.guidance.dynamic) == (
+        ("CogVideoXDPMScheduler", STEPS)
+        if case["scheduler"]["snr_shift_scale"] == 1
+        else ("CogVideoXDDIMScheduler", None)
+    )
+    assert sampler(case, folder, scheduler="CogVideoXDDIMScheduler").guidance.dynamic is None
+    assert sampler(case, folder, dynamic_guidance=True).guidance.dynamic == STEPS
+
+
 def test_each_clip_has_numbers_of_its_own(models):
     case, folder, network, pipeline = models
     given = batch(case)

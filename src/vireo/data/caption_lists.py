@@ -6,7 +6,7 @@ clips; here only blank lines at the end are dropped, and everything that is wron
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,37 +48,46 @@ class Lists(NamedTuple):
 def read(
     root: Path, names: Mapping[str, str | None], empty_captions: bool = False, allow_outside_root: bool = False
 ) -> Lists:
-    """The list files of a folder and their faults: counts that differ, blank lines, files that are not there, or twice.
+    """The list files of a folder and their faults: counts that differ, blank lines, missing files, clips listed twice.
 
     names: for each kind that is wanted a file name relative to `root`, or None for whichever of ALIASES is there. Only
-    prompts must be there, so a caller looks at what it got. empty_captions: whether an inner blank line of the prompts
-    is a caption. allow_outside_root: whether clips and pictures may lie outside `root`.
-    Raises UserError without a folder or prompts, for names that several files have, for what is no UTF-8 text, and for
-    lines that lead out of `root` though they may not.
+    the first kind must be there, so a caller looks at what it got. empty_captions: whether an inner blank line of the
+    prompts is a caption. allow_outside_root: whether clips and pictures may lie outside `root`, or outside the folder
+    of their list where that was named and lies elsewhere.
+    Raises UserError without a folder or a list of the first kind, for names that several files have, for what is no
+    UTF-8 text, and for lines that lead out though they may not.
     """
     if not root.is_dir():
         raise UserError(f"there is no folder {root}: expected one with {ALIASES['prompts'][0]} and its clips")
     found = {kind: _find(root, kind, name) for kind, name in names.items()}
     files = {kind: ListFile(path, _lines(path)) for kind, path in found.items() if path is not None}
-    if "prompts" not in files:
+    needed = next(iter(names))
+    if needed not in files:
         beside = f"; {root} has {', '.join(sorted(p.name for p in root.iterdir())[:8]) or 'nothing in it'}"
-        raise UserError(f"no captions in {root}: expected {' or '.join(ALIASES['prompts'])}{beside}")
-    listed = [(file, row) for kind, file in files.items() if kind != "prompts" for row in range(len(file.lines))]
-    if outside := list(_outside(root, listed, allow_outside_root)):
+        what = "captions" if needed == "prompts" else needed
+        raise UserError(f"no {what} in {root}: expected {' or '.join(ALIASES[needed])}{beside}")
+    listing = [file for kind, file in files.items() if kind != "prompts"]
+    if outside := [told for file in listing for told in _outside(root, file, allow_outside_root)]:
         raise UserError(f"{root} cannot be used:\n{shortened(outside)}")
     problems = _count_problems(files)
     for kind, file in files.items():
         if not (kind == "prompts" and empty_captions):
             problems += [f"{file.place(row)}: blank" for row, line in enumerate(file.lines) if not line]
         if kind != "prompts":
-            problems += _file_problems(file)
+            problems += _file_problems(file, once=kind == "videos")
     return Lists(files, problems)
 
 
-def _outside(root: Path, listed: Iterable[tuple[ListFile, int]], allow_outside_root: bool) -> Iterator[str]:
-    for file, row in listed:
+def present(root: Path, kind: str) -> list[Path]:
+    """The list files of a kind in a folder, under any of their usual names."""
+    return [root / alias for alias in ALIASES[kind] if (root / alias).is_file()]
+
+
+def _outside(root: Path, file: ListFile, allow_outside_root: bool) -> Iterator[str]:
+    home = root if file.path.resolve().is_relative_to(root.resolve()) else file.path.parent
+    for row in range(len(file.lines)):
         try:
-            inside(root, file.file(row), allow_outside_root)
+            inside(home, file.file(row), allow_outside_root)
         except ValueError as error:
             yield f"{file.place(row)}: {error}"
 
@@ -88,7 +97,7 @@ def _find(root: Path, kind: str, name: str | None) -> Path | None:
         if not (root / name).is_file():
             raise UserError(f"data.{kind}={name}: there is no such file in {root}")
         return root / name
-    there = [root / alias for alias in ALIASES[kind] if (root / alias).is_file()]
+    there = present(root, kind)
     if len(there) > 1:
         raise UserError(f"{root} has {' and '.join(path.name for path in there)}: say which one by data.{kind}=<name>")
     return there[0] if there else None
@@ -122,7 +131,7 @@ def _count_problems(files: Mapping[str, ListFile]) -> list[str]:
     return [f"the lists differ in length: {told}; {longest.place(shortest)} ({first!r}) has no partner in {lacking}"]
 
 
-def _file_problems(file: ListFile) -> list[str]:
+def _file_problems(file: ListFile, once: bool) -> list[str]:
     problems, first_rows = [], dict[str, int]()
     for row, line in enumerate(file.lines):
         if not line:
@@ -130,7 +139,7 @@ def _file_problems(file: ListFile) -> list[str]:
         path = os.path.realpath(file.file(row))
         if not os.path.exists(path):
             problems.append(f"{file.place(row)}: there is no file {line} in {file.path.parent}")
-        elif path in first_rows:
+        elif once and path in first_rows:
             problems.append(f"{file.place(row)}: {line} is the file of line {first_rows[path] + 1} already")
         first_rows.setdefault(path, row)
     return problems

@@ -67,7 +67,8 @@ class CaptionedClips:
     split: "train" or "validation", whose clips are those of the folder `validation` (below root, or any path; the same
         layout, in which only captions must be there), or else the share of root that `held_out` says
         (`vireo.data.held_out`).
-    prompts, videos, images: names of the list files; null takes the usual ones.
+    prompts, videos, images: names of the list files; null takes the usual ones. One that is absolute is root's, so the
+        folder `validation` has the usual one.
     image: "first_frame" is that of the clip as shown, the very same pixels; "listed" is from the list of images, and so
         it is where a validation folder has no videos.
     mix: folders below root with their weights, {ships: 2, horses: 1}, in place of root itself: how often a sample comes
@@ -124,7 +125,7 @@ class CaptionedClips:
         self.pad, self.resize = pad, resize
         self.mix = dict(mix or {})
         self.buckets = [Bucket(num_frames, height, width)]
-        self._check_arguments(buckets)
+        self._check_arguments(buckets, validation)
         if split == "validation":
             id_token = id_token if validation_id_token else None
             self.start = "center" if start == "random" else start
@@ -133,6 +134,7 @@ class CaptionedClips:
         self.id_token = id_token
 
         if split == "validation" and validation is not None:
+            self.names = {kind: None if Path(name or "").is_absolute() else name for kind, name in self.names.items()}
             self.clips = self._read(self.root / Path(validation).expanduser(), 0, "")
         else:
             folders = list(self.mix) or [""]
@@ -363,16 +365,9 @@ class CaptionedClips:
             advice = "vireo prepare makes it of the first frames; or take data.image=first_frame"
             problems.append(f"there is no {caption_lists.ALIASES['images'][0]}: {advice}")
         rows = range(min(len(file.lines) for file in files.values()))
-        infos: dict[int, VideoInfo] = {}
-        if videos is not None:
-            there = {row: videos.file(row) for row in rows if videos.lines[row] and videos.file(row).exists()}
-            findings = scan({videos.lines[row]: path for row, path in there.items()}, folder)
-            for row in there:
-                found = findings[videos.lines[row]]
-                if isinstance(found, str):
-                    problems.append(f"{videos.place(row)}: {videos.lines[row]}: {found}")
-                else:
-                    infos[row] = found
+        infos = _looked_at(videos, rows, folder, problems) if videos else {}
+        if images:
+            _looked_at(images, rows, folder, problems, pictures=True)
         clips = []
         for row in rows:
             if videos is not None and row not in infos:
@@ -489,11 +484,17 @@ class CaptionedClips:
     def _notes(self) -> list[str]:
         """What may be meant, and is known to go wrong."""
         notes = []
-        twice = {prompt: count for prompt, count in Counter(clip.prompt for clip in self.clips).items() if count > 1}
-        if twice:
-            notes.append(f"{len(twice)} captions come more than once, such as {next(iter(twice))!r}")
+        if twice := _repeated([clip.prompt for clip in self.clips]):
+            notes.append(f"{len(twice)} captions come more than once, such as {twice[0]!r}")
+        if twice := _repeated([str(clip.image) for clip in self.clips if clip.image is not None]):
+            notes.append(f"{len(twice)} pictures come more than once, such as {twice[0]}")
         if self.split == "train" and 0 < len(self) < FEW:
             notes.append(f"{len(self)} clips: a new concept or style needs at least {FEW}")
+        unused = [path for folder in self.mix or [""] for path in caption_lists.present(self.root / folder, "images")]
+        if self.image == "first_frame" and self.split == "train" and unused:
+            notes.append(
+                f"{unused[0].relative_to(self.root)} is not read, since data.image=first_frame; listed reads it"
+            )
         videos = [clip for clip in self.clips if clip.info is not None]
         if self.resize == "stretch":
             worst = max((_distortion(c.info, c.bucket) for c in videos if c.info), key=_unevenness, default=1.0)
@@ -504,7 +505,7 @@ class CaptionedClips:
             notes.append(f"{len(short)} clips are too short and padded (data.pad={self.pad}), such as {short[0]}")
         return notes
 
-    def _check_arguments(self, buckets: Sequence[Sequence[int]] | None) -> None:
+    def _check_arguments(self, buckets: Sequence[Sequence[int]] | None, validation: str | None) -> None:
         """Report every argument that makes no sense, together."""
         shapes: dict[str, Sequence[int]] = {"num_frames, height, width": self.buckets[0]}
         shapes |= {f"buckets[{place}]": tuple(bucket) for place, bucket in enumerate(buckets or ())}
@@ -534,6 +535,9 @@ class CaptionedClips:
             problems.append(f"fps is {self.fps}, expected more than 0")
         if self.windows is not None and (self.start != "random" or self.windows < 1):
             problems.append(f"windows is {self.windows}, expected at least 1, and start=random")
+        # First frames leave one use for a list: a validation folder that has no videos.
+        if self.names["images"] and not (self.image == "listed" or (self.image == "first_frame" and validation)):
+            problems.append(f"images={self.names['images']} is read with image=listed alone, which is {self.image}")
         if not 0 <= self.max_bad_fraction <= 1:
             problems.append(f"max_bad_fraction is {self.max_bad_fraction}, expected 0 to 1")
         problems += [
@@ -551,10 +555,30 @@ class Pool(NamedTuple):
     clips: list[int]
 
 
+def _looked_at(
+    file: caption_lists.ListFile, rows: Sequence[int], folder: Path, problems: list[str], pictures: bool = False
+) -> dict[int, VideoInfo]:
+    """What the files of these rows are like, where they are there; `problems` gets those that cannot be read."""
+    there = {row: file.file(row) for row in rows if file.lines[row] and file.file(row).exists()}
+    findings = scan({file.lines[row]: path for row, path in there.items()}, folder, pictures)
+    infos = {}
+    for row in there:
+        found = findings[file.lines[row]]
+        if isinstance(found, str):
+            problems.append(f"{file.place(row)}: {file.lines[row]}: {found}")
+        else:
+            infos[row] = found
+    return infos
+
+
 def _with_token(caption: str, id_token: str | None) -> str:
     if id_token is None or caption == id_token or caption.startswith(f"{id_token} "):
         return caption
     return f"{id_token} {caption}".rstrip()
+
+
+def _repeated(values: Sequence[str]) -> list[str]:
+    return [value for value, count in Counter(values).items() if count > 1]
 
 
 def _chosen(weights: Sequence[float], u: float) -> int:

@@ -23,11 +23,9 @@ def extract(root: Path, videos: str | None, out: Path, allow_outside_root: bool 
     UserError if a clip cannot be read (all of these together), since a shorter list would move pictures to other clips,
     and if there are pictures already.
     """
-    kinds = {"prompts": None, "videos": videos}
-    lists = caption_lists.read(root, kinds, allow_outside_root=allow_outside_root)
-    if lists.problems or "videos" not in lists.files:
-        told = shortened(lists.problems or [f"there is no {caption_lists.ALIASES['videos'][0]}"])
-        raise UserError(f"{root} cannot be used:\n{told}")
+    lists = caption_lists.read(root, {"videos": videos}, allow_outside_root=allow_outside_root)
+    if lists.problems:
+        raise UserError(f"{root} cannot be used:\n{shortened(lists.problems)}")
     listed, folder = out / "images.txt", out / "images"
     there = [str(path) for path in (listed, folder) if path.exists()]
     if there:
@@ -50,7 +48,8 @@ def extract(root: Path, videos: str | None, out: Path, allow_outside_root: bool 
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     listed.write_text("".join(f"images/{name}.png\n" for name in names), encoding="utf-8")
-    return f"{len(names)} first frames: {folder}, listed in {listed}\nto start from them: data.image=listed"
+    words = "data.image=listed" + ("" if out.samefile(root) else f" data.images={listed.resolve()}")
+    return f"{len(names)} first frames: {folder}, listed in {listed}\nto start from them: {words}"
 
 
 def _names(videos: list[str]) -> list[str]:

@@ -1,6 +1,6 @@
-"""Which videos of a dataset can be read: looked at once, remembered until a file changes.
+"""Which videos or pictures of a dataset can be read: looked at once, remembered until a file changes.
 
-`vireo.video_io.probe` says what is checked in each file. What it found is kept in
+`vireo.video_io.probe` and `probe_image` say what is checked in each file. What it found is kept in
 `${XDG_CACHE_HOME:-~/.cache}/vireo/scans/`, one JSON file per dataset folder, under each video's size and time of
 change, so a later start only asks the file system for these. Of a folder of frames they are the number of its pictures
 and the time of change of the folder: a picture that is overwritten in place goes unnoticed.
@@ -12,13 +12,14 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
-from vireo.video_io import BadVideoError, VideoInfo, is_frame, probe
+from vireo.video_io import BadVideoError, VideoInfo, is_frame, probe, probe_image
 
 Identity = tuple[int, int]  # size and modification time in ns
 Finding = VideoInfo | str  # what a readable video is like, or why it cannot be read
@@ -29,33 +30,39 @@ PROGRESS_EVERY = 10.0  # seconds
 logger = logging.getLogger(__name__)
 
 
-def scan(videos: Mapping[str, Path], root: Path) -> dict[str, Finding]:
+def scan(videos: Mapping[str, Path], root: Path, pictures: bool = False) -> dict[str, Finding]:
     """Probe every video that has changed since it was last probed; the others are remembered.
 
-    videos: files or folders of frames by name. root: the dataset's folder, which names the cache file. Returns for each
-    name a VideoInfo, or the reason why the video cannot be read.
+    videos: files or folders of frames by name. root: the dataset's folder, which names the cache file. pictures:
+    whether each is a single picture instead. Returns for each name a VideoInfo, or the reason why it cannot be read.
     Of several processes that scan the same folder one works while the others wait for its result. A cache that is
     corrupt is made anew; without a folder to write to, a warning is logged and every start scans.
     """
     identities = {name: _identity(path) for name, path in videos.items()}
-    cache = _folder() / f"{hashlib.blake2b(os.fsencode(root.resolve()), digest_size=12).hexdigest()}.json"
+    digest = hashlib.blake2b(os.fsencode(root.resolve()), digest_size=12).hexdigest()
+    cache = _folder() / f"{digest}{'.pictures' if pictures else ''}.json"
     remembered = _remembered(cache, identities)
     if len(remembered) < len(videos):
         with one_process(cache.with_suffix(".lock")):
             remembered = _remembered(cache, identities)  # perhaps by the process that was waited for
-            remembered |= _probe_all({n: p for n, p in videos.items() if n not in remembered}, identities, cache, root)
+            new = {name: path for name, path in videos.items() if name not in remembered}
+            remembered |= _probe_all(new, probe_image if pictures else probe, identities, cache, root)
     return {name: remembered[name] for name in videos}
 
 
 def _probe_all(
-    videos: Mapping[str, Path], identities: Mapping[str, Identity | None], cache: Path, root: Path
+    videos: Mapping[str, Path],
+    look: Callable[[Path], VideoInfo],
+    identities: Mapping[str, Identity | None],
+    cache: Path,
+    root: Path,
 ) -> dict[str, Finding]:
     """In a few threads: most of the time is spent in the decoder, which lets go of Python's lock."""
     findings: dict[str, Finding] = {}
     told = time.monotonic()
     try:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            for name, finding in zip(videos, pool.map(_probe, videos.values()), strict=True):
+            for name, finding in zip(videos, pool.map(partial(_probe, look), videos.values()), strict=True):
                 findings[name] = finding
                 if time.monotonic() - told > PROGRESS_EVERY:
                     told = time.monotonic()
@@ -65,9 +72,9 @@ def _probe_all(
     return findings
 
 
-def _probe(path: Path) -> Finding:
+def _probe(look: Callable[[Path], VideoInfo], path: Path) -> Finding:
     try:
-        return probe(path)
+        return look(path)
     except BadVideoError as error:
         return error.reason
 

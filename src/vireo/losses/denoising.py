@@ -29,9 +29,11 @@ class Denoising(Loss):
     inputs: names of the batch's entries that the network gets as keywords, the model's `inputs`.
     condition_dropout: probability p of each kind of dropped condition, 0 for none. One draw u for each sample decides.
         With `image_inputs`: only text for u < p, both for p <= u < 2p, only images for 2p <= u < 3p, so p <= 1/3.
-        Without: text for u < p.
+        Without, or with `image_dropout`: text for u < p.
     image_inputs: which of `inputs` are pictures, (B, ...) latents; dropped ones are zero as a whole. Of the others
         those are texts that have a twin `null_<name>` in the batch, whose rows take the place of dropped ones.
+    image_dropout: probability that the image inputs are zero, by a draw of its own, as diffusers' example of CogVideoX
+        has it; None: `condition_dropout` decides on them too.
     history_dropout: probability that of image inputs (B, N, ...) all frames but the last are zero, by another draw: a
         network that sees this can also start where fewer frames are known.
     timestep_sampling: "uniform" over `timestep_range`, or "logit_normal", more often in its middle than at its ends.
@@ -50,6 +52,7 @@ class Denoising(Loss):
         inputs: Sequence[str],
         condition_dropout: float = 0.0,
         image_inputs: Sequence[str] = (),
+        image_dropout: float | None = None,
         history_dropout: float = 0.0,
         timestep_sampling: Literal["uniform", "logit_normal"] = "uniform",
         timestep_range: Sequence[int] | None = None,
@@ -57,19 +60,21 @@ class Denoising(Loss):
         skip_padding: bool = False,
         timestep_bins: int = 0,
     ) -> None:
-        most = 1 / 3 if image_inputs else 1
+        self.drops_jointly = bool(image_inputs) and image_dropout is None
+        most = 1 / 3 if self.drops_jointly else 1
         if not 0 <= condition_dropout <= most:
             raise UserError(
                 f"loss.condition_dropout={condition_dropout} must lie in [0, {most:.3g}]: "
-                + ("it is the probability of each of three cases." if image_inputs else "it is a probability.")
+                + ("it is the probability of each of three cases." if self.drops_jointly else "it is a probability.")
             )
-        if not 0 <= history_dropout <= 1:
-            raise UserError(f"loss.history_dropout={history_dropout} must lie in [0, 1]: it is a probability.")
+        for name, value in (("image_dropout", image_dropout or 0.0), ("history_dropout", history_dropout)):
+            if not 0 <= value <= 1:
+                raise UserError(f"loss.{name}={value} must lie in [0, 1]: it is a probability.")
         strange = [name for name in image_inputs if name not in inputs]
-        if strange or (history_dropout and not image_inputs):
+        if strange or ((history_dropout or image_dropout) and not image_inputs):
             raise UserError(
                 f"loss.image_inputs={list(image_inputs)} must name "
-                + ("some of " if strange else "what history_dropout drops, of ")
+                + ("some of " if strange else "the pictures that are dropped, of ")
                 + f"model.inputs={list(inputs)}."
             )
         count = noise_schedule.num_train_timesteps
@@ -88,14 +93,16 @@ class Denoising(Loss):
         self.min_snr_gamma, self.skip_padding = min_snr_gamma, skip_padding
         self.by_timestep = LossByTimestep(timestep_bins, count) if timestep_bins else None
         self.noise_schedule, self.inputs, self.image_inputs = noise_schedule, list(inputs), list(image_inputs)
-        self.condition_dropout, self.history_dropout = condition_dropout, history_dropout
+        self.condition_dropout, self.image_dropout = condition_dropout, image_dropout
+        self.history_dropout = history_dropout
         self.grid = [{"timestep": noise_schedule.num_train_timesteps * percent // 100} for percent in GRID]
 
     def __call__(self, network: nn.Module, batch: dict, draws: Draws) -> Objective:
         """batch: latents (B, ...), clean and scaled; an entry for each of `inputs`, and null_<name> for dropped texts.
 
         With skip_padding, latents are (B, C, t, h, w) and padding_frames is an integer (B,).
-        Draws: "timestep", "noise"; "condition_dropout" and "history_dropout" where there is something to decide.
+        Draws: "timestep", "noise"; "condition_dropout", "image_dropout" and "history_dropout" where there is something
+        to decide.
         """
         clean = batch["latents"].float()
         timesteps = self.timesteps(draws, clean)
@@ -156,6 +163,9 @@ class Denoising(Loss):
             return given
         if self.condition_dropout:
             given |= self._drop(given, batch, draws.uniform("condition_dropout"))
+        if self.image_dropout:
+            dropped = draws.uniform("image_dropout") < self.image_dropout
+            given |= {name: _zeroed(given[name], dropped) for name in self.image_inputs}
         if self.history_dropout:
             dropped = draws.uniform("history_dropout") < self.history_dropout
             given |= {name: _without_history(given[name], dropped) for name in self.image_inputs}
@@ -170,9 +180,11 @@ class Denoising(Loss):
                 f"loss.condition_dropout={p} puts null_<name> in the place of a text, but the batch has it for none of "
                 f"model.inputs={self.inputs}; set loss.condition_dropout=0 or let the encoder give it."
             )
-        no_text = u < (2 * p if self.image_inputs else p)
-        no_image = (p <= u) & (u < 3 * p)
+        no_text = u < (2 * p if self.drops_jointly else p)
         dropped = {name: torch.where(_rows(no_text, given[name]), batch[f"null_{name}"], given[name]) for name in texts}
+        if not self.drops_jointly:
+            return dropped
+        no_image = (p <= u) & (u < 3 * p)
         return dropped | {name: _zeroed(given[name], no_image) for name in self.image_inputs}
 
 

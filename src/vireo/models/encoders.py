@@ -5,6 +5,7 @@ cache (as posterior moments, never as samples). `condition` is what must be fres
 posterior, scaling, noising an image before it is encoded. Encoders are never wrapped, never trained, never saved.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -31,10 +32,16 @@ class Encoder:
         self.free()
         self.device = device
 
-    def free(self) -> None:
-        """Give back the memory of what is loaded; it is loaded again when it is used again."""
-        for name in (*self.parts, "_of_text"):
-            self.__dict__.pop(name, None)
+    def loaded_parts(self) -> set[str]:
+        """Names of what is in memory now."""
+        return {*self.parts, "_of_text"} & self.__dict__.keys()
+
+    def free(self, but: Collection[str] = ()) -> None:
+        """Give back the memory of what is loaded, `but` for some; it is loaded again when it is used again."""
+        for name in self.loaded_parts().difference(but):
+            del self.__dict__[name]
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def weight_bytes(self) -> dict[str, int]:
         """Bytes of the frozen networks by name, once they are loaded; without loading them."""

@@ -37,7 +37,8 @@ def check_clips(
     transformer: folder as diffusers saves it, or a pipeline's; what its config says is read if it is there. buckets:
     further shapes (num_frames, height, width). Lengths are 8 N + 1, sides multiples of 8 pixels times the patch size;
     a learned position table takes the size that it was learnt for alone, unless `learned_positions` is false. Other
-    lengths than the weights have seen get a warning.
+    lengths than the weights have seen get a warning; 1.5, whose tokens are two latent frames, has seen more than the
+    length that its config names.
     """
     config = _config(Path(transformer).expanduser())
     if not learned_positions:
@@ -50,7 +51,7 @@ def check_clips(
         problems += _faults(frames, size[0], size[1], config)
     lengths = {num_frames, *(shape[0] for shape in buckets or ())}
     known = config.get("sample_frames", max(lengths))
-    if max(lengths) > known:
+    if max(lengths) > known and config.get("patch_size_t") is None:
         says = "clips of %d frames: these weights were trained on %d, and quality falls with more"
         log.warning(says, max(lengths), known)
     if config.get("use_learned_positional_embeddings") and lengths != {known}:

@@ -14,6 +14,7 @@ from vireo.sampling.denoising_loop import denoise
 from vireo.sampling.sampler import Sampler
 
 IMAGE = "image_latents"  # the input of networks that see a picture
+DPM = "CogVideoXDPMScheduler"
 
 
 class VideoSampler(Sampler):
@@ -21,11 +22,12 @@ class VideoSampler(Sampler):
 
     noise_schedule: what the network was trained with; its `scheduler(name)` gives the inference scheduler.
     scheduler, scheduler_settings: one of diffusers' classes, and further arguments of it. CogVideoXDPMScheduler draws
-        at each step, CogVideoXDDIMScheduler only at the beginning.
+        at each step, CogVideoXDDIMScheduler only at the beginning. None is the published recipe's choice, DDIM for 2B
+        and DPM for the others; of all, only 2B's noise schedule is shifted.
     inputs: names of the network's conditions in the batch; one with a `null_<name>` beside it is text.
     num_frames, height, width: of the videos.
     num_inference_steps, guidance_scale: the pipelines' defaults. dynamic_guidance: their `use_dynamic_cfg`, meant for
-        CogVideoXDPMScheduler.
+        CogVideoXDPMScheduler; None: with that one alone.
 
     Every clip has noise of its own, the same at each validation. All columns are float32 in [0, 1]: image
     (B, 1, 3, H, W) where one is given, target and prediction (B, T, 3, H, W). Raises UserError for settings that make
@@ -43,15 +45,18 @@ class VideoSampler(Sampler):
         width: int,
         num_inference_steps: int = 50,
         guidance_scale: float = 6.0,
-        dynamic_guidance: bool = False,
-        scheduler: str = "CogVideoXDPMScheduler",
+        dynamic_guidance: bool | None = None,
+        scheduler: str | None = None,
         scheduler_settings: Mapping[str, Any] | None = None,
     ) -> None:
         if num_inference_steps < 1:
             raise UserError(f"the sampler needs at least one step, got num_inference_steps={num_inference_steps}")
         self.noise_schedule, self.inputs, self.shape = noise_schedule, list(inputs), (num_frames, height, width)
         self.num_inference_steps = num_inference_steps
-        self.guidance = TextGuidance(guidance_scale, num_inference_steps if dynamic_guidance else None)
+        if scheduler is None:
+            scheduler = DPM if noise_schedule.settings["snr_shift_scale"] == 1 else "CogVideoXDDIMScheduler"
+        is_dynamic = scheduler == DPM if dynamic_guidance is None else dynamic_guidance
+        self.guidance = TextGuidance(guidance_scale, num_inference_steps if is_dynamic else None)
         self.scheduler, self.scheduler_settings = scheduler, dict(scheduler_settings or {})
 
     @torch.no_grad()
