@@ -22,6 +22,7 @@ full = pytest.mark.full
 STRATEGIES = [
     pytest.param(("ddp", QUICK), id="ddp-quick"),
     pytest.param(("fsdp", FEW), id="fsdp-quick"),
+    pytest.param(("zero2", ("taehv",)), id="zero2-quick"),
     pytest.param(("zero3", ("taehv",)), id="zero3-quick", marks=full),
     *(
         pytest.param((name, FULL), id=name, marks=full)
