@@ -159,6 +159,22 @@ def test_sweeps_and_other_launchers_are_refused():
     ranks.refuse_sweeps(ranks.World(0, 1, "srun"), ["-m"])
 
 
+@pytest.mark.parametrize(
+    "chosen", ["defaults:\n  - override /launcher: submitit_local\n", "hydra:\n  mode: MULTIRUN\n"]
+)
+def test_a_sweep_that_a_file_asks_for_is_refused_before_it_starts(tmp_path, monkeypatch, capsys, chosen):
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local" / "default.yaml").write_text(f"# @package _global_\n{chosen}")
+    words = [*WORDS, "--config-dir", str(tmp_path)]
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "VIREO_OUTPUTS": str(tmp_path / "out")}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    with pytest.raises(SystemExit) as ended:
+        launch.compose_and_run(words)
+    assert ended.value.code == 2 and "of a YAML file cannot be used under" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_size_that_was_asked_for():
     two = ranks.World(0, 2, "torchrun")
     for processes in (2, "2", "auto"):

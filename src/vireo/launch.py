@@ -40,6 +40,13 @@ class SweepFolder(Callback):
     last: Path | None = None
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        others = ranks.started()
+        try:
+            if others is not None:
+                ranks.refuse_sweeps(others, config.hydra.overrides.task, in_a_file=True)
+        except UserError as mistake:
+            print(mistake, file=sys.stderr)
+            raise SystemExit(faults.EXIT_MISTAKE) from None  # other exceptions Hydra only warns of
         SweepFolder.last = Path(config.hydra.sweep.dir)
         if config.launcher.where != "local":
             print(f"what the jobs print is in {SweepFolder.last / '.submitit'}", flush=True)

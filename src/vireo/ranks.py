@@ -126,12 +126,16 @@ def _asked_of_accelerate(words: Sequence[str]) -> int:
     return int(content.get("num_processes") or 1) if isinstance(content, dict) else 1
 
 
-def refuse_sweeps(world: World, words: Sequence[str]) -> None:
-    """Raises UserError for words that start processes of their own: each rank would run the whole sweep by itself."""
+def refuse_sweeps(world: World, words: Sequence[str], in_a_file: bool = False) -> None:
+    """Raises UserError for words that start processes of their own: each rank would run the whole sweep by itself.
+
+    in_a_file: whether a file of the config asks for that.
+    """
     if world.size == 1:
         return
     sweeping = [w for w in words if w in ("-m", "--multirun") or w.lower() == "hydra.mode=multirun"]
     elsewhere = [w for w in words if re.match(r"(hydra/)?launcher=(?!local$)", w)]
+    elsewhere += ["the launcher or hydra.mode of a YAML file"] if in_a_file else []
     if sweeping or elsewhere:
         rest = " ".join(words)
         processes = "" if elsewhere else f" launcher.processes={world.size}"
