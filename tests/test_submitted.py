@@ -88,6 +88,29 @@ def test_a_preempted_job_saves_first_and_goes_on_with_the_same_command(tmp_path)
     assert runs.metrics(folder) == runs.metrics(calm)
 
 
+@pytest.mark.parametrize(
+    "told, requeued",
+    [
+        ("JobState=RUNNING Reason=None PreemptTime=2026-11-26T05:16:54", True),
+        ("JobState=RUNNING Reason=None PreemptTime=None", False),
+        ("JobState=COMPLETING Reason=None PreemptTime=None", False),  # scancel
+    ],
+)
+def test_a_sigterm_requeues_a_job_that_is_preempted_and_none_that_is_cancelled(monkeypatch, told, requeued):
+    heard: list[int] = []
+    before = {n: signal.signal(n, lambda number, frame: heard.append(number)) for n in (signal.SIGTERM, signal.SIGUSR2)}
+    for name, value in {"SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(submitted.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0, told))
+    try:
+        with submitted.first_machine():
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert heard == ([signal.SIGUSR2] if requeued else [])
+
+
 def test_what_would_not_be_queued_is_refused(monkeypatch):
     with pytest.raises(UserError, match="Hydra ignores it. Say launcher=slurm"):
         submitted.check(["hydra/launcher=vireo_slurm"])

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -114,7 +115,9 @@ def share(resolved: Path, count: int) -> processes.Share:
 
 @contextmanager
 def first_machine() -> Iterator[None]:
-    """Around a job on its first machine: the others are told when it is over."""
+    """Around a job on its first machine, which hears of a preemption, and tells the others when the job is over."""
+    if os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
+        signal.signal(signal.SIGTERM, _requeue_if_preempted)
     try:
         yield
     finally:
@@ -139,6 +142,18 @@ def _is_over(told: dict[str, Any]) -> bool:
 
 def _message() -> Path:
     import submitit
+
+def _requeue_if_preempted(number: int, frame: object) -> None:
+    """Heard once the run has saved. submitit requeues after a signal of its own and lets SIGTERM pass, which can be a
+    cancellation; but a job that has to give way within its partition's grace time hears nothing else.
+    """
+    import submitit
+
+    command = ["scontrol", "show", "job", os.environ["SLURM_JOB_ID"]]
+    told = subprocess.run(command, capture_output=True, text=True).stdout
+    if "JobState=RUNNING" in told and re.search(r"PreemptTime=\d", told):
+        os.kill(os.getpid(), submitit.JobEnvironment()._usr_sig())
+
 
     return submitit.JobEnvironment().paths.folder / f"{os.environ['SLURM_JOB_ID']}_start.json"
 
