@@ -111,6 +111,29 @@ def test_a_sigterm_requeues_a_job_that_is_preempted_and_none_that_is_cancelled(m
     assert heard == ([signal.SIGUSR2] if requeued else [])
 
 
+def test_who_waits_for_slurm_no_longer_is_told_what_goes_on(tmp_path, monkeypatch, capsys):
+    """hydra.main is replaced by what it does until then: it submits an array of two jobs, one of which has ended."""
+    sweep = tmp_path / "sweep"
+
+    def submit_and_wait(**_):
+        def interrupted():
+            for name in ("17/17_submission.sh", "17_0/17_0_submitted.pkl", "17_1/17_1_submitted.pkl"):
+                (sweep / ".submitit" / name).parent.mkdir(parents=True)
+                (sweep / ".submitit" / name).touch()
+            (sweep / ".submitit" / "17_0" / "17_0_0_result.pkl").touch()
+            launch.SweepFolder.last = sweep
+            raise KeyboardInterrupt
+
+        return lambda task: interrupted
+
+    monkeypatch.setattr(launch.hydra, "main", submit_and_wait)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    assert launch.compose_and_run([]) == 75
+    said = capsys.readouterr()
+    assert "jobs that go on: 17_1\nto end them: scancel 17\n" in said.err and f"sweep={sweep}" in said.err
+    assert str(sweep / "sweep.csv") in said.out
+
+
 def test_what_would_not_be_queued_is_refused(monkeypatch):
     with pytest.raises(UserError, match="Hydra ignores it. Say launcher=slurm"):
         submitted.check(["hydra/launcher=vireo_slurm"])

@@ -99,6 +99,12 @@ def compose_and_run(words: Sequence[str]) -> int:
         with config.explain_mistakes(words):
             task()
     except faults.Stopped as stopped:  # a search ends with the job that was stopped
+    except KeyboardInterrupt:
+        told = submitted.left(SweepFolder.last) if SweepFolder.last else ""
+        if not told:
+            raise
+        print(told, file=sys.stderr)
+        codes.append(faults.EXIT_STOPPED)
         print(stopped, file=sys.stderr)
     except Exception as error:
         if not type(error).__module__.startswith("submitit."):
