@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from loop import Loop
-from paired import interval, paired, verdict
+from paired import at_most, interval, paired, verdict
 from vireo import config, distributed, objects
 from vireo.data.masks import MovingShapes
 from vireo.data.stream import Slices, Stream, loader
@@ -103,10 +103,9 @@ def holes(clips: int) -> None:
         seconds.append(time.process_time() - began)
     low, high = (1e3 * bound for bound in interval(seconds))
     median = 1e3 * statistics.median(seconds)
-    held = "missed" if low > 5 else "held"
     print(
         f"holes of {HOLES[0]} frames of {HOLES[2]}x{HOLES[1]}: {median:.2f} ms [{low:.2f}, {high:.2f}] of CPU a clip, "
-        f"{HOLES[0] * clips / sum(seconds):.0f} masks a second   <= 5 ms: {held}",
+        f"{HOLES[0] * clips / sum(seconds):.0f} masks a second   ms {at_most(5, low, high)}",
         flush=True,
     )
 

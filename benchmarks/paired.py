@@ -1,7 +1,8 @@
 """Paired, alternating timing: machines are noisy, ratios of neighbours are not.
 
 A and B run in turn, A B B A A B …, and each pair gives one ratio A / B. Quoted are the median and its 95 % bootstrap
-interval; a bound is missed only if it lies below the interval.
+interval; a bound is missed only if all of the interval misses it, and held only if all of it holds it. A bound inside
+is undecided: more pairs, or a quieter machine, would tell.
 """
 
 import random
@@ -70,8 +71,18 @@ def interval(values: list[float], resamples: int = 2000) -> tuple[float, float]:
 
 
 def verdict(ratio: Ratio, bound: float) -> str:
-    """Whether A / B <= bound holds: missed only if the bound lies below the interval."""
-    return f"<= {bound}: {'missed' if ratio.low > bound else 'held'}"
+    """Whether A / B <= bound holds, by wall time."""
+    return at_most(bound, ratio.low, ratio.high)
+
+
+def at_most(bound: float, low: float, high: float) -> str:
+    """Whether a figure with this interval is at most the bound."""
+    return f"<= {bound}: {'missed' if low > bound else 'held' if high <= bound else 'undecided'}"
+
+
+def at_least(bound: float, low: float, high: float) -> str:
+    """Whether a figure with this interval is at least the bound."""
+    return f">= {bound}: {'missed' if high < bound else 'held' if low >= bound else 'undecided'}"
 
 
 def _time(function: Callable[[], object], cpu_seconds: Callable[[], float]) -> tuple[float, float]:

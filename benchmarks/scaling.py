@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from paired import interval
+from paired import at_least, at_most, interval
 from vireo import config
 
 ROOT = Path(__file__).parents[1]
@@ -96,8 +96,8 @@ def measure_strategies(names: list[str], steps: int, rounds: int, outputs: Path)
         low, high = interval(efficiencies)
         said += f"  efficiency {statistics.median(efficiencies):.2f} [{low:.2f}, {high:.2f}]"
         if name == "ddp":
-            held = f"{'missed' if high < EFFICIENCY else 'held'}"
-            said += f"  >= {EFFICIENCY}: {held if quiet else 'not measured, two cores were not idle'}"
+            busy = f">= {EFFICIENCY}: not measured, two cores were not idle"
+            said += f"  {at_least(EFFICIENCY, low, high) if quiet else busy}"
         print(f"{name:<14} {said}", flush=True)
 
 
@@ -155,7 +155,7 @@ def compare(title: str, a: str, b: str, found: list[tuple[float, float]], bound:
     seconds = [statistics.median(column) for column in zip(*found, strict=True)]
     print(
         f"{title:<14} {a} {seconds[0]:.1f} s, {b} {seconds[1]:.1f} s, ratio {statistics.median(ratios):.2f} "
-        f"[{low:.2f}, {high:.2f}]  <= {bound}: {'missed' if low > bound else 'held'}",
+        f"[{low:.2f}, {high:.2f}]  {at_most(bound, low, high)}",
         flush=True,
     )
 

@@ -65,7 +65,7 @@ def held(recipe: Recipe, strategy: str, gpus: int) -> float:
         case "ddp":
             return 16 * trained + frozen + own
         case "zero2":
-            return 4 * trained + 12 * trained / gpus + frozen + own
+            return 4 * trained + 16 * trained / gpus + frozen + own
         case "zero2_offload":
             return 4 * trained + frozen + own
         case "fsdp_offload":

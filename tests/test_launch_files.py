@@ -84,6 +84,7 @@ def test_a_run_s_numbers_are_in_deepspeed_s_config(name):
     assert made["train_micro_batch_size_per_gpu"] == 3 and made["gradient_accumulation_steps"] == 4
     assert made["gradient_clipping"] == 0.5 and made["torch_autocast"] == "bf16"
     assert made["zero_optimization"]["stage"] == int(name[4])
+    assert made["zero_optimization"]["use_multi_rank_bucket_allreduce"] is False  # docs/scaling.md counts on it
 
 
 def check_started(command: list, tmp_path: Path) -> None:

@@ -1,21 +1,24 @@
 """Processes that somebody else started: torchrun, accelerate launch, srun."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tests import runs
-from vireo import cli, config, distributed, launch, ranks, worker
+from vireo import checkpoint, cli, config, distributed, launch, ranks, worker
 from vireo.errors import UserError
 from vireo.mini import world
 
 ROOT = Path(__file__).parents[1]
 WORDS = [*runs.TINY, "batch_size=1", "steps=3"]
+LONG = [*runs.TINY, "batch_size=1", "steps=40", "checkpoint.every=10", "validation.every=null"]
 STEP = {
     "SLURM_JOB_ID": "17",
     "SLURM_STEP_ID": "0",
@@ -42,18 +45,22 @@ def own(tmp_path_factory):
     return launch.train(*WORDS, "run=own", "launcher.processes=2", f"paths.outputs={outputs}").folder
 
 
-def check_equal(outputs, own):
-    """One folder, one log for each rank, and the figures of vireo's own two processes."""
+def the_only_folder(outputs, processes):
+    """The run's folder, with one log for each rank."""
     (resolved,) = outputs.rglob("resolved.yaml")
-    folder = resolved.parent
-    assert runs.metrics(folder) == runs.metrics(own)
-    assert sorted(path.name for path in (folder / "logs").iterdir()) == ["rank_1.log"]
-    assert yaml.safe_load(resolved.read_text())["launcher"]["processes"] == 2
+    logs = sorted(path.name for path in (resolved.parent / "logs").iterdir())
+    assert logs == [f"rank_{rank}.log" for rank in range(1, processes)]
+    assert yaml.safe_load(resolved.read_text())["launcher"]["processes"] == processes
     assert [path for path in outputs.iterdir() if path.name not in ("taehv", "cache")] == []
+    return resolved.parent
 
 
-def test_torchrun_on_two_machines(tmp_path, own):
-    """Both are this one; launch/torchrun.sh is what a person starts on each."""
+def losses(folder):
+    return [row["loss"] for row in runs.metrics(folder) if "loss" in row]
+
+
+def test_torchrun_on_three_machines(tmp_path):
+    """All are this one; launch/torchrun.sh is what a person starts on each. Ranks compare hashes of their configs."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         master = f"127.0.0.1:{free.getsockname()[1]}"
@@ -61,18 +68,19 @@ def test_torchrun_on_two_machines(tmp_path, own):
         subprocess.Popen(
             [ROOT / "launch" / "torchrun.sh", *WORDS],
             env=environment(
-                tmp_path, NODES="2", NODE=str(node), PROCESSES="1", MASTER=master, VIDEO_TRAIN_PROCESSES="5"
+                tmp_path / "out", NODES="3", NODE=str(node), PROCESSES="1", MASTER=master, VIDEO_TRAIN_PROCESSES="5"
             ),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for node in range(2)
+        for node in range(3)
     ]
-    said = [node.communicate(timeout=120)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], "".join(said)
-    assert "Where to look" in said[0] and "Where to look" not in said[1]
-    check_equal(tmp_path, own)
+    said = [node.communicate(timeout=300)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0, 0], "".join(said)
+    assert "Where to look" in said[0] and "Where to look" not in said[1] + said[2]
+    alone = runs.train(tmp_path / "alone", "batch_size=3", "steps=3")
+    assert losses(the_only_folder(tmp_path / "out", 3)) == pytest.approx(losses(alone), rel=1e-5)
 
 
 def test_accelerate_launch_with_ones_own_config_file(tmp_path, own):
@@ -81,16 +89,76 @@ def test_accelerate_launch_with_ones_own_config_file(tmp_path, own):
         "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_processes: 2\nuse_cpu: false\n"
     )
     command = [ROOT / "launch" / "accelerate.sh", file, *WORDS]
-    ran = subprocess.run(command, env=environment(tmp_path / "out"), capture_output=True, text=True, timeout=120)
+    ran = subprocess.run(command, env=environment(tmp_path / "out"), capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    check_equal(tmp_path / "out", own)
+    assert runs.metrics(the_only_folder(tmp_path / "out", 2)) == runs.metrics(own)
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory):
+    """Figures of the run that torchrun's are disturbed in."""
+    outputs = tmp_path_factory.mktemp("calm")
+    words = [*LONG, "run=calm", "launcher.processes=2", f"paths.outputs={outputs}"]
+    return runs.metrics(launch.train(*words).folder)
+
+
+def start_torchrun(outputs):
+    command = [
+        "torchrun",
+        "--standalone",
+        "--nproc-per-node=2",
+        "--max-restarts=1",
+        ROOT / "train.py",
+        *LONG,
+        "run=one",
+    ]
+    return subprocess.Popen(
+        command, env=environment(outputs), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for_a_checkpoint(folder, agent):
+    began = time.monotonic()
+    while not checkpoint.steps(folder):
+        assert agent.poll() is None and time.monotonic() - began < 300, agent.communicate()
+        time.sleep(0.05)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("wrong", [["-m", "seed=1,2"], ["launcher.processes=3"], ["stepz=1"]])
+def test_torchrun_starts_again_from_the_checkpoint_after_a_worker_was_killed(tmp_path, calm):
+    folder, agent = tmp_path / "taehv" / "one", start_torchrun(tmp_path)
+    wait_for_a_checkpoint(folder, agent)
+    workers = subprocess.run(["ps", "--ppid", str(agent.pid), "-o", "pid="], capture_output=True, text=True).stdout
+    os.kill(int(workers.split()[-1]), signal.SIGKILL)
+    said, _ = agent.communicate(timeout=300)
+    assert agent.returncode == 0, said
+    assert "resumed from" in (folder / "train.log").read_text() and runs.metrics(folder) == calm
+
+
+@pytest.mark.full
+def test_torchrun_that_is_asked_to_stop_saves_and_the_same_command_goes_on(tmp_path, calm):
+    folder, agent = tmp_path / "taehv" / "one", start_torchrun(tmp_path)
+    wait_for_a_checkpoint(folder, agent)
+    agent.terminate()
+    said, _ = agent.communicate(timeout=300)
+    assert "the same command goes on from here" in (folder / "train.log").read_text(), said
+    assert not (folder / "finished").exists()
+    agent = start_torchrun(tmp_path)
+    assert agent.communicate(timeout=300) and agent.returncode == 0
+    assert runs.metrics(folder) == calm
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["-m", "seed=1,2"],
+        pytest.param(["launcher.processes=3"], marks=pytest.mark.full),
+        pytest.param(["stepz=1"], marks=pytest.mark.full),
+    ],
+)
 def test_what_cannot_be_under_torchrun_ends_all_ranks_and_makes_no_folder(tmp_path, wrong):
     command = ["torchrun", "--standalone", "--nproc-per-node=2", ROOT / "train.py", *WORDS, *wrong]
-    ran = subprocess.run(command, env=environment(tmp_path), capture_output=True, text=True, timeout=60)
+    ran = subprocess.run(command, env=environment(tmp_path), capture_output=True, text=True, timeout=300)
     assert ran.returncode != 0 and list(tmp_path.iterdir()) == []
     told = {
         "-m": "Use: python train.py experiment=taehv ",
@@ -157,6 +225,22 @@ def test_sweeps_and_other_launchers_are_refused():
         ranks.refuse_sweeps(two, ["launcher=slurm"])
     ranks.refuse_sweeps(two, ["launcher=local", "seed=1"])
     ranks.refuse_sweeps(ranks.World(0, 1, "srun"), ["-m"])
+
+
+@pytest.mark.parametrize(
+    "chosen", ["defaults:\n  - override /launcher: submitit_local\n", "hydra:\n  mode: MULTIRUN\n"]
+)
+def test_a_sweep_that_a_file_asks_for_is_refused_before_it_starts(tmp_path, monkeypatch, capsys, chosen):
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local" / "default.yaml").write_text(f"# @package _global_\n{chosen}")
+    words = [*WORDS, "--config-dir", str(tmp_path)]
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "VIREO_OUTPUTS": str(tmp_path / "out")}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    with pytest.raises(SystemExit) as ended:
+        launch.compose_and_run(words)
+    assert ended.value.code == 2 and "of a YAML file cannot be used under" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_size_that_was_asked_for():

@@ -36,15 +36,23 @@ def task_of_last_job(outputs: Path, jobs: int) -> int:
         tasks = subprocess.run(["ps", "--ppid", str(last), "-o", "pid="], capture_output=True, text=True).stdout.split()
         if len(controllers) == jobs and tasks:
             return int(tasks[0])
-        assert time.monotonic() - began < 60
+        assert time.monotonic() - began < 300
         time.sleep(0.05)
+
+
+def test_a_job_without_a_sweep(tmp_path):
+    parent = submit(tmp_path, "launcher=submitit_local", "steps=2", "run=one")
+    said, _ = parent.communicate(timeout=300)
+    assert parent.returncode == 0, said
+    fresh = runs.train(tmp_path / "fresh", "steps=2", "batch_size=1")
+    assert runs.metrics(tmp_path / "taehv" / "one") == runs.metrics(fresh)
 
 
 @pytest.mark.full
 def test_a_sweep(tmp_path):
     parent = submit(tmp_path, "-m", "launcher=submitit_local", "steps=2", "data.held_out=0.1,no_such_list.txt,0.2")
     os.kill(task_of_last_job(tmp_path, 3), signal.SIGKILL)
-    said, _ = parent.communicate(timeout=120)
+    said, _ = parent.communicate(timeout=300)
     assert parent.returncode == 2, said  # of the worst job
     (table,) = tmp_path.glob("sweeps/*/sweep.csv")
     rows = list(csv.DictReader(table.open()))
@@ -58,7 +66,7 @@ def test_a_sweep(tmp_path):
 @pytest.mark.full
 def test_a_sweep_of_two_processes_each(tmp_path):
     parent = submit(tmp_path, "-m", "launcher=submitit_local", "launcher.processes=2", "steps=3", "seed=0,1")
-    said, _ = parent.communicate(timeout=180)
+    said, _ = parent.communicate(timeout=300)
     assert parent.returncode == 0, said
     (table,) = tmp_path.glob("sweeps/*/sweep.csv")
     first, second = [Path(row["run"]) for row in csv.DictReader(table.open())]
@@ -75,17 +83,63 @@ def test_a_preempted_job_saves_first_and_goes_on_with_the_same_command(tmp_path)
     parent = submit(tmp_path, *words)
     folder, began = tmp_path / "taehv" / "one", time.monotonic()
     while not (folder / "metrics.jsonl").exists() or len(runs.metrics(folder)) < 4:
-        assert parent.poll() is None and time.monotonic() - began < 120, parent.communicate()
+        assert parent.poll() is None and time.monotonic() - began < 300, parent.communicate()
         time.sleep(0.1)
     (process,) = [path.stem.split("_")[0] for path in tmp_path.glob("sweeps/*/.submitit/*/*_submitted.pkl")]
     tasks = subprocess.run(["ps", "--ppid", process, "-o", "pid="], capture_output=True, text=True).stdout.split()
     os.kill(int(tasks[0]), signal.SIGUSR2)
-    said, _ = parent.communicate(timeout=120)
+    said, _ = parent.communicate(timeout=300)
     assert "the same command goes on from here" in (folder / "train.log").read_text(), said
     if not (folder / "finished").exists():
-        assert submit(tmp_path, *words).wait(timeout=120) == 0
+        assert submit(tmp_path, *words).wait(timeout=300) == 0
     calm = runs.train(tmp_path / "calm", *words[1:4], "batch_size=1")
     assert runs.metrics(folder) == runs.metrics(calm)
+
+
+@pytest.mark.parametrize(
+    "told, requeued",
+    [
+        ("JobState=RUNNING Reason=None PreemptTime=2026-11-26T05:16:54", True),
+        ("JobState=RUNNING Reason=None PreemptTime=None", False),
+        ("JobState=COMPLETING Reason=None PreemptTime=None", False),  # scancel
+    ],
+)
+def test_a_sigterm_requeues_a_job_that_is_preempted_and_none_that_is_cancelled(monkeypatch, told, requeued):
+    heard: list[int] = []
+    before = {n: signal.signal(n, lambda number, frame: heard.append(number)) for n in (signal.SIGTERM, signal.SIGUSR2)}
+    for name, value in {"SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(submitted.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0, told))
+    try:
+        with submitted.first_machine():
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert heard == ([signal.SIGUSR2] if requeued else [])
+
+
+def test_who_waits_for_slurm_no_longer_is_told_what_goes_on(tmp_path, monkeypatch, capsys):
+    """hydra.main is replaced by what it does until then: it submits an array of two jobs, one of which has ended."""
+    sweep = tmp_path / "sweep"
+
+    def submit_and_wait(**_):
+        def interrupted():
+            for name in ("17/17_submission.sh", "17_0/17_0_submitted.pkl", "17_1/17_1_submitted.pkl"):
+                (sweep / ".submitit" / name).parent.mkdir(parents=True)
+                (sweep / ".submitit" / name).touch()
+            (sweep / ".submitit" / "17_0" / "17_0_0_result.pkl").touch()
+            launch.SweepFolder.last = sweep
+            raise KeyboardInterrupt
+
+        return lambda task: interrupted
+
+    monkeypatch.setattr(launch.hydra, "main", submit_and_wait)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    assert launch.compose_and_run([]) == 75
+    said = capsys.readouterr()
+    assert "jobs that go on: 17_1\nto end them: scancel 17\n" in said.err and f"sweep={sweep}" in said.err
+    assert str(sweep / "sweep.csv") in said.out
 
 
 def test_what_would_not_be_queued_is_refused(monkeypatch):
@@ -101,7 +155,7 @@ def test_what_would_not_be_queued_is_refused(monkeypatch):
 
 
 def test_mistakes_are_told_before_anything_is_queued(tmp_path):
-    said, _ = (parent := submit(tmp_path, "launcher=slurm", "stepz=1")).communicate(timeout=60)
+    said, _ = (parent := submit(tmp_path, "launcher=slurm", "stepz=1")).communicate(timeout=300)
     assert parent.returncode == 2 and "stepz" in said and list(tmp_path.iterdir()) == []
 
 

@@ -146,6 +146,21 @@ def test_a_failed_job_stops_no_other_and_what_is_missing_is_done_later(train, tm
     assert len(started) == 4 and started[3].startswith("mini_seed-13-")
 
 
+def test_yaml_files_that_change_while_jobs_wait_are_told(train, tmp_path, monkeypatch):
+    file = tmp_path / "conf" / "debug" / "mine.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text("# @package _global_\n")
+
+    def edit(resolved: Path, launcher: dict, held: int) -> int:
+        file.write_text("# @package _global_\nnotes: edited\n")
+        return toy(resolved, launcher, held)
+
+    monkeypatch.setattr(launch, "start", edit)
+    code, said, _ = train("--config-dir", str(tmp_path / "conf"), "experiment=taehv", "debug=mine", "seed=1,2")
+    assert code == 0 and said.count("YAML files changed after the sweep began; this job runs what is there now") == 1
+    assert "job 1 (seed=2) ran YAML files as changed after the sweep began" in said
+
+
 def test_experiments_by_pattern_and_ranges(train, tmp_path):
     code, _, started = train("experiment=glob(taehv*,exclude=*wan)", "seed=range(1,3)")
     assert code == 0 and len(started) == 4

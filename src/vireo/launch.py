@@ -41,7 +41,15 @@ class SweepFolder(Callback):
     last: Path | None = None
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        others = ranks.started()
+        try:
+            if others is not None:
+                ranks.refuse_sweeps(others, config.hydra.overrides.task, in_a_file=True)
+        except UserError as mistake:
+            print(mistake, file=sys.stderr)
+            raise SystemExit(faults.EXIT_MISTAKE) from None  # other exceptions Hydra only warns of
         SweepFolder.last = Path(config.hydra.sweep.dir)
+        sweeps.fix(SweepFolder.last, _code(config.hydra))
         if config.launcher.where != "local":
             print(f"what the jobs print is in {SweepFolder.last / '.submitit'}", flush=True)
             submitted.wait_for_every_job(SweepFolder.last, config.validation.higher_is_better)
@@ -92,6 +100,12 @@ def compose_and_run(words: Sequence[str]) -> int:
     try:
         with config.explain_mistakes(words):
             task()
+    except KeyboardInterrupt:
+        told = submitted.left(SweepFolder.last) if SweepFolder.last else ""
+        if not told:
+            raise
+        print(told, file=sys.stderr)
+        codes.append(faults.EXIT_STOPPED)
     except faults.Stopped as stopped:  # a search ends with the job that was stopped
         print(stopped, file=sys.stderr)
     except Exception as error:
@@ -129,6 +143,7 @@ def job(composed: DictConfig, words: Sequence[str] = ()) -> Job:
     if about.mode == RunMode.MULTIRUN:
         folder, swept = Path(about.runtime.output_dir), [*config.swept(words), *(about.sweeper.get("params") or ())]
         sweeps.note(folder, overrides=overrides)
+        sweeps.check(folder, _code(about))
     try:
         settings = config.settled(composed, swept=swept)
         if folder is not None:
@@ -142,6 +157,12 @@ def job(composed: DictConfig, words: Sequence[str] = ()) -> Job:
         place = {"run": str(done.folder)} if done.folder else {}
         sweeps.note(folder, exit_code=done.exit_code, message=done.message, best=done.best, **place)
     return done
+
+
+def _code(about: Any) -> dict[str, str]:
+    """Hashes of vireo's sources and of the YAML files from which configs are composed. about: Hydra's own config."""
+    folders = [Path(source.path) for source in about.runtime.config_sources if source.schema == "file"]
+    return {"sources": config.source_hash(), "YAML files": config.files_hash(folders, "*.yaml")}
 
 
 def _run_or_chain(settings: dict[str, Any], overrides: Sequence[str], swept: Sequence[str] = ()) -> Job:

@@ -17,7 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vireo import faults
+from vireo import faults, processes
 from vireo.errors import UserError
 
 PATIENCE = timedelta(minutes=30)  # for rank 0, which may make the mini world first
@@ -126,12 +126,16 @@ def _asked_of_accelerate(words: Sequence[str]) -> int:
     return int(content.get("num_processes") or 1) if isinstance(content, dict) else 1
 
 
-def refuse_sweeps(world: World, words: Sequence[str]) -> None:
-    """Raises UserError for words that start processes of their own: each rank would run the whole sweep by itself."""
+def refuse_sweeps(world: World, words: Sequence[str], in_a_file: bool = False) -> None:
+    """Raises UserError for words that start processes of their own: each rank would run the whole sweep by itself.
+
+    in_a_file: whether a file of the config asks for that.
+    """
     if world.size == 1:
         return
     sweeping = [w for w in words if w in ("-m", "--multirun") or w.lower() == "hydra.mode=multirun"]
     elsewhere = [w for w in words if re.match(r"(hydra/)?launcher=(?!local$)", w)]
+    elsewhere += ["the launcher or hydra.mode of a YAML file"] if in_a_file else []
     if sweeping or elsewhere:
         rest = " ".join(words)
         processes = "" if elsewhere else f" launcher.processes={world.size}"
@@ -152,8 +156,9 @@ def check_size(world: World, processes: int | str) -> None:
 
 def work(resolved: Path) -> int:
     """Rank 0: tell the others what is trained, and train. Returns the exit code."""
-    _tell({"run": str(resolved), "text": resolved.read_text(encoding="utf-8")})
-    return _work(resolved, None)
+    port = processes.free_port()
+    _tell({"run": str(resolved), "text": resolved.read_text(encoding="utf-8"), "port": port})
+    return _work(resolved, None, port)
 
 
 def dismiss(world: World, code: int) -> None:
@@ -181,13 +186,16 @@ def follow() -> int:
             file=sys.stderr,
         )
         return faults.EXIT_MISTAKE
-    return _work(resolved, told["text"])
+    return _work(resolved, told["text"], told["port"])
 
 
-def _work(resolved: Path, text: str | None) -> int:
+def _work(resolved: Path, text: str | None, port: int) -> int:
     from vireo import worker
     from vireo.console import set_up_logging
 
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+        # torchrun's store outlives a restart and holds addresses of processes that are gone: form the group at another.
+        os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(port)}
     set_up_logging(resolved.parent / "train.log", shared_console=True)
     # Slurm ends the rest of a step when one task has ended with a code. That must not turn a saved stop into a kill.
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):

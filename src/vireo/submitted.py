@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -83,6 +84,24 @@ def wait_for_every_job(sweep: Path, higher_is_better: bool) -> None:
     submitit.Job.results = results  # type: ignore[method-assign,assignment]
 
 
+def left(sweep: Path) -> str:
+    """What to say of Slurm's jobs of a sweep to somebody who waits for them no longer; "" if there are none.
+
+    Jobs of this machine hear a Ctrl-C of the terminal themselves.
+    """
+    folder = sweep / ".submitit"
+    scripts = sorted(path.parent.name for path in folder.glob("*/*_submission.sh"))
+    if not scripts:
+        return ""
+    begun = sorted(path.parent for path in folder.glob("*/*_submitted.pkl"))
+    jobs = [job.name for job in begun if not list(job.glob("*_result.pkl"))]
+    return (
+        f"\nno longer waiting; jobs that go on: {', '.join(jobs)}\n"
+        f"to end them: scancel {' '.join(scripts)}\n"
+        f"to see what becomes of them: vireo report sweep={sweep}"
+    )
+
+
 def _has_result(job: Any) -> bool:
     """Whether a job that has ended left a result; another machine's file may be seen a little later."""
     began = time.monotonic()
@@ -114,12 +133,26 @@ def share(resolved: Path, count: int) -> processes.Share:
 
 @contextmanager
 def first_machine() -> Iterator[None]:
-    """Around a job on its first machine: the others are told when it is over."""
+    """Around a job on its first machine, which hears of a preemption, and tells the others when the job is over."""
+    if os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
+        signal.signal(signal.SIGTERM, _requeue_if_preempted)
     try:
         yield
     finally:
         if nodes() > 1:
             _tell({"over": True})
+
+
+def _requeue_if_preempted(number: int, frame: object) -> None:
+    """Heard once the run has saved. submitit requeues after a signal of its own and lets SIGTERM pass, which can be a
+    cancellation; but a job that has to give way within its partition's grace time hears nothing else.
+    """
+    import submitit
+
+    command = ["scontrol", "show", "job", os.environ["SLURM_JOB_ID"]]
+    told = subprocess.run(command, capture_output=True, text=True).stdout
+    if "JobState=RUNNING" in told and re.search(r"PreemptTime=\d", told):
+        os.kill(os.getpid(), submitit.JobEnvironment()._usr_sig())
 
 
 def follow() -> None:

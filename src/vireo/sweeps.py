@@ -13,6 +13,7 @@ from vireo import faults, report, run_folder
 from vireo.tracking import read_metrics
 
 NOTE = "job.json"
+CODE = "code.json"
 ENDED = {
     faults.EXIT_FINISHED: "finished",
     faults.EXIT_STOPPED: "stopped",
@@ -31,6 +32,22 @@ def read(folder: Path) -> dict[str, Any]:
     """The note of one job; empty if there is none yet."""
     path = folder / NOTE
     return json.loads(path.read_text()) if path.exists() else {}
+
+
+def fix(sweep: Path, code: Mapping[str, str]) -> None:
+    """Write down what the jobs of a sweep are to run: hashes by what they are of."""
+    sweep.mkdir(parents=True, exist_ok=True)
+    run_folder.write_json(sweep / CODE, code)
+
+
+def check(folder: Path, code: Mapping[str, str]) -> None:
+    """Say, in the job's output and for the sweep's end, what has changed since the sweep began."""
+    path = folder.parent / CODE
+    fixed = json.loads(path.read_text()) if path.exists() else {}  # an older vireo may have begun the sweep
+    changed = sorted(name for name, digest in code.items() if fixed.get(name) != digest)
+    if changed:
+        print(f"{' and '.join(changed)} changed after the sweep began; this job runs what is there now", flush=True)
+        note(folder, changed=changed)
 
 
 def notes(sweep: Path) -> dict[int, dict[str, Any]]:
@@ -68,6 +85,8 @@ def show(sweep: Path) -> str:
     table = rows(sweep)
     lines = ["", report.table(table), ""]
     for row, one in zip(table, notes(sweep).values(), strict=True):
+        if one.get("changed"):
+            lines.append(f"job {_named(row)} ran {' and '.join(one['changed'])} as changed after the sweep began")
         if one.get("exit_code") not in (None, faults.EXIT_FINISHED) and row["state"] != "finished":
             said = (one.get("message") or "").strip() or f"see {one.get('run')}/train.log"
             lines.append(f"job {_named(row)} {row['state']}: {said}")

@@ -79,8 +79,8 @@ def test_mistakes_of_a_sweep_are_found_before_its_first_job(program, tmp_path):
     assert not (tmp_path / "outputs").exists()
 
 
-def test_a_sweep(program, tmp_path):
-    done = program("-m", "seed=range(1,3)", "schedule=glob(c*)", "tracker=null")
+def test_a_sweep_whose_flag_stands_between_its_words(program, tmp_path):
+    done = program("seed=range(1,3)", "-m", "schedule=glob(c*)", "tracker=null")
     assert done.returncode == 0, done.stderr
     runs = [line for line in done.stdout.splitlines() if line.startswith("mini_")]
     assert len(set(runs)) == 4

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import re
 import typing
 from pathlib import Path
 
@@ -156,6 +157,20 @@ def test_files_are_short_and_say_what_they_are_for(path):
 def test_packages(path):
     package = "_global_" if path.parts[0] == "experiment" else "freeze_policy"
     assert lines(path)[0] == f"# @package {package}"
+
+
+def test_no_file_is_moved_away_from_the_keys_that_it_names():
+    """In another package than `model`, `${model.network.variant}` of a file in conf/model would be another file's."""
+    for path in FILES:
+        for line in lines(path):
+            found = re.search(r"^[^#]*?([\w/-]+)@(\w+)(.*)", line)
+            if not found:
+                continue
+            moved, package, option = found.groups()
+            if package == "_here_":
+                assert Path(moved).parent == Path("/") / path.parent, f"{path}: {line}"
+            else:
+                assert package in (path.parent.name, "_global_") or f"/{package}/" in option, f"{path}: {line}"
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if path.parts[0] == "experiment"], ids=str)

@@ -98,6 +98,9 @@ def test_a_run_from_elsewhere_calls_nothing_strange(tmp_path):
 
 def test_the_launcher_reads_the_number_of_processes_from_the_environment(monkeypatch):
     assert config.settings([])["launcher"]["processes"] == 1
+    monkeypatch.setenv("VIDEO_TRAIN_PROCESSES", "")
+    assert config.settings([])["launcher"]["processes"] == 1
+    assert config.settings(["launcher=slurm"])["launcher"]["processes"] == "auto"
     monkeypatch.setenv("VIDEO_TRAIN_PROCESSES", "3")
     assert config.settings([])["launcher"]["processes"] == 3
     monkeypatch.setenv("VIDEO_TRAIN_PROCESSES", "auto")

@@ -54,7 +54,10 @@ SlurmdLogFile=$folder/slurmd-%n.log
 SlurmdParameters=config_overrides
 NodeName=vireo1 NodeHostname=$(hostname) NodeAddr=127.0.0.1 Port=16821 CPUs=4 RealMemory=8000
 NodeName=vireo2 NodeHostname=$(hostname) NodeAddr=127.0.0.1 Port=16822 CPUs=4 RealMemory=8000
-PartitionName=main Nodes=vireo1,vireo2 Default=YES MaxTime=INFINITE State=UP OverSubscribe=YES
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=vireo1,vireo2 Default=YES MaxTime=INFINITE State=UP OverSubscribe=YES PriorityTier=1 GraceTime=120
+PartitionName=urgent Nodes=vireo1,vireo2 MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
 CONF
 }
 

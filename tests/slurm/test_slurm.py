@@ -70,8 +70,12 @@ def wait_for_rows(folder):
 
 
 def signalled_and_requeued(job, number):
-    """Send a signal to a job, and wait until it is back in the queue."""
-    subprocess.run(["scancel", f"--signal={number}", job], check=True)
+    """Send a signal to a job, or let it give way to an urgent one, and wait until it is back in the queue."""
+    if number == "preempt":
+        urgent = ["sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
+        subprocess.run(urgent, check=True)
+    else:
+        subprocess.run(["scancel", f"--signal={number}", job], check=True)
     began = time.monotonic()
     while "Restarts=1" not in subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True).stdout:
         assert time.monotonic() - began < 60, f"job {job} was not queued again"
@@ -114,8 +118,8 @@ def test_a_job_of_two_machines(tmp_path, own):
     assert runs.metrics(tmp_path / "taehv" / "two") == own
 
 
-@pytest.mark.parametrize("launcher", ["slurm", "slurm_multinode"])
-def test_a_preempted_job_is_queued_again_and_equals_an_undisturbed_one(tmp_path, launcher, calm):
+@pytest.mark.parametrize("launcher, how", [("slurm", "USR2"), ("slurm", "preempt"), ("slurm_multinode", "USR2")])
+def test_a_preempted_job_is_queued_again_and_equals_an_undisturbed_one(tmp_path, launcher, how, calm):
     words = [f"launcher={launcher}", "launcher.processes=1", "run=preempted"]
     command = [sys.executable, "train.py", *LONG, *words]
     parent = subprocess.Popen(
@@ -125,7 +129,7 @@ def test_a_preempted_job_is_queued_again_and_equals_an_undisturbed_one(tmp_path,
     wait_for_rows(folder)
     running = subprocess.run(["squeue", "-h", "-t", "RUNNING", "-o", "%A"], capture_output=True, text=True)
     (job,) = running.stdout.split()
-    signalled_and_requeued(job, "USR2")
+    signalled_and_requeued(job, how)
     said, _ = parent.communicate(timeout=120)
     assert parent.returncode == 0, said
     assert "resumed from" in (folder / "train.log").read_text()

@@ -18,6 +18,7 @@ from vireo.muon import Muon
 from vireo.strategies.replicated import Replicated
 from vireo.strategies.sharded import FullySharded, units
 from vireo.strategies.strategy import check_elementwise, check_processes, share
+from vireo.strategies.zero import Zero
 
 
 @pytest.fixture(autouse=True)
@@ -143,6 +144,17 @@ def test_memory_is_shared_out_by_kind():
     sizes = {"trained weights": 8, "gradients": 8, "optimizer moments": 15, "buffers": 1}
     assert share(sizes, ("gradients", "moments"), 2, ()) == {**sizes, "gradients": 4, "optimizer moments": 8}
     assert share(sizes, ("moments",), 2, ("moments",)) == {"trained weights": 8, "gradients": 8, "buffers": 1}
+
+
+@pytest.mark.parametrize(
+    "stage, offload, copied", [(2, {}, {"copy that is updated": 4}), (2, {"offload_optimizer": {}}, {}), (3, {}, {})]
+)
+def test_stage_2_of_zero_updates_a_copy(monkeypatch, stage, offload, copied):
+    zero = object.__new__(Zero)
+    zero.config = {"zero_optimization": {"stage": stage, **offload}}
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    held = zero.on_device({"trained weights": 8, "gradients": 8})
+    assert held.items() >= copied.items() and ("copy that is updated" in held) == bool(copied)
 
 
 ZERO = """

@@ -20,6 +20,7 @@ from vireo.config.identity import (
     changes,
     config_hash,
     differences,
+    files_hash,
     run_folder,
     run_name,
     source_hash,
@@ -43,8 +44,8 @@ from vireo.config.validation import validate
 
 __all__ = [
     "Problem", "banner", "cache_name", "change", "changes", "compose", "conf_dir", "config_hash",
-    "describe_experiments", "differences", "experiments", "explain_mistakes", "from_text", "instantiate",
-    "load_resolved", "outputs_folder", "problems", "public", "register", "report", "require_sweeper", "resolve",
-    "run_folder", "run_name", "save_resolved", "settings", "settled", "source_hash", "stages", "swept", "text_hash",
-    "to_text", "validate",
+    "describe_experiments", "differences", "experiments", "explain_mistakes", "files_hash", "from_text",
+    "instantiate", "load_resolved", "outputs_folder", "problems", "public", "register", "report", "require_sweeper",
+    "resolve", "run_folder", "run_name", "save_resolved", "settings", "settled", "source_hash", "stages", "swept",
+    "text_hash", "to_text", "validate",
 ]  # fmt: skip

@@ -91,11 +91,12 @@ def explain_mistakes(words: Sequence[str]) -> Iterator[None]:
     HYDRA_FULL_ERROR=1 in the environment errors pass unchanged.
     """
     register()
-    arguments = get_args_parser().parse_args(list(words))
+    arguments = get_args_parser().parse_intermixed_args(list(words))  # flags may stand between the others
+    flags = [word for word in words if word not in arguments.overrides]
     folders = [path and Path(path).absolute() for path in (arguments.config_path, arguments.config_dir)]
     with searching(*folders):
-        sys.argv[1:] = [_in_hydras_spelling(word) for word in words]
         arguments.overrides = [_in_hydras_spelling(word) for word in arguments.overrides]
+    sys.argv[1:] = [*arguments.overrides, *flags]
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         yield
         return
@@ -143,7 +144,7 @@ def _jobs(overrides: Sequence[str]) -> list[list[str]]:
 def swept(words: Sequence[str]) -> list[str]:
     """Keys that take several values in a sweep with these words of a command line."""
     keys = []
-    for word in get_args_parser().parse_args(list(words)).overrides:
+    for word in get_args_parser().parse_intermixed_args(list(words)).overrides:
         try:
             [override] = OverridesParser.create().parse_overrides([word])
         except OverrideParseException:

@@ -37,10 +37,15 @@ def text_hash(resolved: dict[str, Any]) -> str:
 
 def source_hash() -> str:
     """16 hexadecimal digits of vireo's own source files as they are on this machine."""
-    package = Path(__file__).parents[1]
+    return files_hash([Path(__file__).parents[1]], "*.py")
+
+
+def files_hash(folders: Sequence[Path], pattern: str) -> str:
+    """16 hexadecimal digits of the names and contents of all such files below some folders."""
     digest = hashlib.blake2b(digest_size=8)
-    for path in sorted(package.rglob("*.py")):
-        digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
+    for folder in folders:
+        for path in sorted(folder.rglob(pattern)):
+            digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()
 
 

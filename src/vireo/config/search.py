@@ -35,9 +35,16 @@ def register() -> None:
 
     ConfigStore.instance().store(name="schema", node=Config)
     OmegaConf.register_new_resolver("mini_world", mini_world, replace=True)
+    OmegaConf.register_new_resolver("default_processes", default_processes, replace=True)
     OmegaConf.register_new_resolver("vireo_help", describe.help_section, replace=True)
     OmegaConf.register_new_resolver("vireo_direction", direction, replace=True)
     OmegaConf.register_new_resolver("srun_arguments", srun_arguments, replace=True)
+
+
+def default_processes(otherwise: int | str) -> int | str:
+    """`${default_processes:1}`: what VIDEO_TRAIN_PROCESSES says, a number or auto."""
+    said = os.environ.get("VIDEO_TRAIN_PROCESSES") or otherwise
+    return int(said) if str(said).isdigit() else said
 
 
 def srun_arguments(container: str | None, further: Sequence[str]) -> list[str]:

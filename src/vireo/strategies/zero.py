@@ -234,7 +234,10 @@ class Zero(Strategy):
     def on_device(self, sizes: Mapping[str, int]) -> dict[str, int]:
         offloads = "offload_optimizer" in self.config["zero_optimization"]
         kinds = ("weights", "gradients", "moments", "average") if self.shards else ("gradients", "moments")
-        return share(sizes, kinds, dist.get_world_size(), ("moments", "gradients") if offloads else ())
+        held = share(sizes, kinds, dist.get_world_size(), ("moments", "gradients") if offloads else ())
+        if not self.shards and not offloads:  # stage 2 updates a copy of each process's part
+            held["copy that is updated"] = -(-sizes["trained weights"] // dist.get_world_size())
+        return held
 
 
 def _forget_in_transformers() -> None:
