@@ -354,7 +354,10 @@ def _digests(clip: EditClip, numbers: Sequence[int]) -> list[str]:
         known = file_digests([frame.path for frame in frames if not frame.is_inside])
     except OSError:  # asked one by one, the frame is known
         return [_read(partial(_digest, clip.frames[number]), clip, number) for number in numbers]
-    return [_digest(frame) if frame.is_inside else known[str(frame.path)] for frame in frames]
+    return [
+        _read(partial(_digest, frame), clip, number) if frame.is_inside else known[str(frame.path)]
+        for number, frame in zip(numbers, frames, strict=True)
+    ]
 
 
 def _digest(frame: Frame) -> str:
