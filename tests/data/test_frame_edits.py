@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import os
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ from vireo.data.edit_clips_conversion import convert
 from vireo.data.frame_edits import FrameEdits
 from vireo.data.source import ChangedError
 from vireo.data.stream import Stream, collate
+from vireo.data.transforms import RESAMPLER
 from vireo.errors import UserError
 from vireo.randomness import Draws
 from vireo.video_io import BadVideoError
@@ -173,6 +175,7 @@ def test_identities_follow_the_content_not_the_place(root, tmp_path):
     target = FrameEdits(root, 1, 8, 8).sample(0, draws())["target"]
     edited = FrameEdits(moved, 1, 8, 8)
     assert edited.sample(0, draws())["target"].identity == target.identity
+    assert json.loads(target.identity)["resampler"] == RESAMPLER
     shutil.copy(moved / edits.NAMES[0] / "03.png", moved / edits.NAMES[0] / "20.png")
     assert FrameEdits(moved, 1, 8, 8).sample(0, draws())["target"].identity != target.identity
 
