@@ -250,10 +250,17 @@ def start(resolved: Path, launcher: dict[str, Any], held: int) -> int:
     """
     if ranks.started() is not None:
         return ranks.work(resolved)
+    count = number_of_processes(launcher["processes"])
+    if (gpus := len(devices.visible_gpus())) > count:
+        print(
+            f"{count} of {gpus} visible GPUs will be used. launcher.processes=auto uses all, with batch_size each: "
+            f"{gpus / count:g} times the global batch",
+            flush=True,
+        )
     for attempt in range(launcher["restarts"] + 1):
         if attempt:
             print(f"starting again from the last checkpoint ({attempt} of {launcher['restarts']})", flush=True)
-        code = _start_once(resolved, number_of_processes(launcher["processes"]), held)
+        code = _start_once(resolved, count, held)
         if code in (faults.EXIT_FINISHED, faults.EXIT_MISTAKE, faults.EXIT_STOPPED):
             break
     return code
