@@ -187,6 +187,7 @@ def run(settings: dict[str, Any], overrides: Sequence[str]) -> Job:
             from vireo.mini import world as mini_world  # brings numpy, which --help and --cfg can do without
 
             mini_world.ensure()
+        run_folder.write_json(folder / "data.json", run_folder.data_files(settings["data"]))
         code = start(folder / "resolved.yaml", settings["launcher"], held)
         if code == faults.EXIT_STOPPED and checkpoint.steps(folder)[-1:] == [settings["preempt_at"]]:
             print(f"starting again from step {settings['preempt_at']} (preempt_at)", flush=True)
