@@ -12,6 +12,7 @@ import torch
 from tests import edit_runs, runs
 from vireo import cache, checkpoint, cli, config, digests, launch, objects
 from vireo.models.image_encoders import ImageTextEncoder
+from vireo.models.video_ip2p import VideoEditor
 from vireo.sampling.video_ip2p_pipeline import VideoInstructPix2PixPipeline
 from vireo.verbs import evaluate, sample, trained
 
@@ -114,6 +115,26 @@ def test_a_text_encoder_learns_resumes_and_is_exported(words, tmp_path):
         exported = getattr(pipeline, part).state_dict()
         assert len(learnt) > 10 and all(torch.equal(exported[name], value) for name, value in learnt.items())
         assert any(not torch.equal(start[f"{part}.{name}"], value) for name, value in learnt.items()), part
+
+
+def export_as_published():
+    """Sabotage: the config of the exported UNet says 8 channels, as the published converter's."""
+    export = VideoEditor.export
+
+    def broken(self, folder, state):
+        written = export(self, folder, state)
+        config_file = folder / "unet" / "config.json"
+        config_file.write_text(json.dumps({**json.loads(config_file.read_text()), "in_channels": 8}))
+        return written
+
+    VideoEditor.export = broken
+
+
+def test_a_run_whose_export_cannot_be_run_is_not_finished(words, tmp_path):
+    folder = runs.make(tmp_path, [*words, *CALM, "steps=1"], shrunk=False)
+    assert runs.work(folder, export_as_published) == 1
+    assert "ValueError: Cannot load" in (folder / "train.log").read_text() and not (folder / "finished").exists()
+    assert runs.work(folder) == 0 and (folder / "finished").exists()
 
 
 def test_the_sanity_check_runs_the_experiment_that_is_asked_for(vireo, tmp_path):

@@ -1,6 +1,7 @@
 """The frame after a clip, made from the clip and an instruction."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -185,6 +186,18 @@ class EditSampler(Sampler):
             figures[f"{prefix}changed_psnr"] = decibels(mean_where(region, error.square()))
             figures[f"{prefix}changed_ssim"] = mean_where(region, ssim_map(shown, target))
         return figures
+
+    def run_exported(self, folder: Path) -> None:
+        """One step for one frame by the pipeline. Raises UserError if it is not finite, and whatever stops it."""
+        from vireo.sampling.video_ip2p_pipeline import VideoInstructPix2PixPipeline
+
+        pipeline = VideoInstructPix2PixPipeline.from_pretrained(folder)
+        pipeline.set_progress_bar_config(disable=True)
+        side = 8 * pipeline.vae_scale_factor  # UNets halve latents three times
+        frames = torch.zeros(1, pipeline.num_condition_frames, 3, side, side)
+        made: Any = pipeline("", frames, num_inference_steps=1, output_type="pt")
+        if not made.images.isfinite().all():
+            raise UserError(f"{folder} makes frames that are not finite: the network's weights have gone wrong")
 
     def changed(self, batch: Mapping[str, Any]) -> Tensor:
         """Pixels of the target that differ from the last frame by more than the threshold, bool (B, 1, 1, H, W)."""
