@@ -25,19 +25,14 @@ SUBJECTS = [
     "checkpoint.every=300",
     "loader.workers=0",
 ]
+EDITS = ["schedule=cosine", "steps=1600", "validation.every=400", "validation.clips=96", "checkpoint.every=400"]
 CASES = {
     # Users of the real recipe start from a released network, so the demonstration fine-tunes the shipped one.
     "taehv": ["experiment=taehv"],
     "taehv_seraena": ["experiment=taehv_seraena"],
-    # The next frame against the last one, on clips that were never trained on.
-    "ip2p_video": [
-        "experiment=ip2p_video",
-        "schedule=cosine",
-        "steps=1600",
-        "validation.every=400",
-        "validation.clips=96",
-        "checkpoint.every=400",
-    ],
+    # The next frame against the last one, on clips that were never trained on; the baseline sees the last one alone.
+    "ip2p_video": ["experiment=ip2p_video", *EDITS],
+    "ip2p_image": ["experiment=ip2p_image", *EDITS],
     # Both stages, from networks that know nothing: first single frames, then motion.
     "diffueraser": [
         "experiment=diffueraser",

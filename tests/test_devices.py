@@ -67,6 +67,16 @@ def test_nvidia_s_gpus(hardware):
         launch.number_of_processes(3)
 
 
+@pytest.mark.parametrize("asked", [1, "auto"])
+def test_idle_gpus_are_told(hardware, monkeypatch, capsys, asked):
+    for bus in ("0000:01:00.0", "0000:02:00.0"):
+        (hardware / "NVIDIA" / bus).mkdir(parents=True)
+    monkeypatch.setattr(launch, "_start_once", lambda *_: 0)
+    assert launch.start(hardware / "resolved.yaml", {"restarts": 0, "processes": asked}, 0) == 0
+    said = capsys.readouterr().out
+    assert ("1 of 2 visible GPUs will be used" in said) if asked == 1 else not said
+
+
 def test_amd_s_gpus(hardware, monkeypatch):
     for node, units in enumerate((0, 0, 440, 440, 440)):
         (hardware / "AMD" / str(node)).mkdir(parents=True)

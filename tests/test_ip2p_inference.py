@@ -5,6 +5,7 @@ import torch
 
 from tests.pipelines import pixels, save_pipeline
 from vireo.diffusion.noise_schedule import NoiseSchedule
+from vireo.errors import UserError
 from vireo.models.image_encoders import ImageTextEncoder
 from vireo.models.video_ip2p import VideoEditor
 from vireo.randomness import Draws
@@ -36,6 +37,15 @@ def pipeline(network, tmp_path_factory):
     loaded = VideoInstructPix2PixPipeline.from_pretrained(exported)
     loaded.set_progress_bar_config(disable=True)
     return loaded
+
+
+def test_an_export_is_judged_by_what_it_makes(network, tmp_path):
+    network.export(tmp_path, network.state_dict())
+    sampler().run_exported(tmp_path)
+    gone = {name: torch.full_like(value, torch.nan) for name, value in network.state_dict().items()}
+    network.export(tmp_path, gone)
+    with pytest.raises(UserError, match="makes frames that are not finite"):
+        sampler().run_exported(tmp_path)
 
 
 def data():

@@ -1,6 +1,7 @@
 """What a run of the video editor promises, from its first step to its exported pipeline."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -12,10 +13,12 @@ import torch
 from tests import edit_runs, runs
 from vireo import cache, checkpoint, cli, config, digests, launch, objects
 from vireo.models.image_encoders import ImageTextEncoder
+from vireo.models.video_ip2p import VideoEditor
 from vireo.sampling.video_ip2p_pipeline import VideoInstructPix2PixPipeline
-from vireo.verbs import evaluate, sample, trained
+from vireo.verbs import evaluate, prepare, sample, trained
 
 CALM = ["validation.every=null", "validation.at_start=false", "validation.clips=1"]
+SAMPLES = os.environ.get("VIREO_SAMPLE_DATA")
 TEXT = ["model=ip2p_video_text", "freeze-policy=unet_text_encoder"]
 
 
@@ -114,6 +117,47 @@ def test_a_text_encoder_learns_resumes_and_is_exported(words, tmp_path):
         exported = getattr(pipeline, part).state_dict()
         assert len(learnt) > 10 and all(torch.equal(exported[name], value) for name, value in learnt.items())
         assert any(not torch.equal(start[f"{part}.{name}"], value) for name, value in learnt.items()), part
+
+
+def export_as_published():
+    """Sabotage: the config of the exported UNet says 8 channels, as the published converter's."""
+    export = VideoEditor.export
+
+    def broken(self, folder, state):
+        written = export(self, folder, state)
+        config_file = folder / "unet" / "config.json"
+        config_file.write_text(json.dumps({**json.loads(config_file.read_text()), "in_channels": 8}))
+        return written
+
+    VideoEditor.export = broken
+
+
+def test_a_run_whose_export_cannot_be_run_is_not_finished(words, tmp_path):
+    folder = runs.make(tmp_path, [*words, *CALM, "steps=1"], shrunk=False)
+    assert runs.work(folder, export_as_published) == 1
+    assert "ValueError: Cannot load" in (folder / "train.log").read_text() and not (folder / "finished").exists()
+    assert runs.work(folder) == 0 and (folder / "finished").exists()
+
+
+@pytest.mark.skipif(not SAMPLES, reason="VIREO_SAMPLE_DATA names no folder with real clips")
+def test_real_clips_from_their_conversion_to_the_evaluation(words, tmp_path, capsys):
+    raw = [*words, f"paths.data={SAMPLES}/ip2p_sample/dataset_root", "height=24", "width=40", "precision=fp32"]
+    assert prepare.main([*(word for word in raw if word not in edit_runs.SHORT), f"out={tmp_path}/dataset"]) == 0
+    assert "train/drop_object/video_03: frame 13 missing" in capsys.readouterr().out
+    given = [*raw, f"paths.data={tmp_path}/dataset", f"cache.folder={tmp_path}/cache"]
+    straight = runs.train(tmp_path / "straight", *given, shrunk=False)
+    folder = runs.make(tmp_path / "killed", given, shrunk=False)
+    assert runs.work(folder, runs.die_at(3)) == -signal.SIGKILL
+    assert runs.work(folder) == 0
+    runs.same(folder, straight)
+    assert sample.main([f"run={folder}", "clips=1", f"out={tmp_path}/shown"]) == 0
+    assert (tmp_path / "shown" / "clip_000_roll_out.mp4").is_file()
+    assert evaluate.main([f"run={folder}", f"out={tmp_path}/measured"]) == 0
+    found = json.loads((tmp_path / "measured" / "metrics.json").read_text())
+    assert found["clips"] == 6 and not found["missing"] and not found["unreadable"]
+    validated = runs.metrics(folder)[-1]  # of the first two clips
+    two = [row["changed_ssim"] for row in found["each"][:2]]
+    assert validated["validation/changed_ssim"] == pytest.approx(sum(two) / 2, abs=1e-5)
 
 
 def test_the_sanity_check_runs_the_experiment_that_is_asked_for(vireo, tmp_path):

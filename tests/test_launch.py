@@ -65,6 +65,8 @@ def test_a_run_leaves_what_it_promises_and_the_same_command_does_nothing_more(vi
     assert checkpoint.latest(folder).step == 8
     about = json.loads((folder / "environment.json").read_text())
     assert about["packages"]["torch"] and "vireo" in about["command"]
+    data = json.loads((folder / "data.json").read_text())
+    assert data["root"]["files"] > 3 and data["root"]["path"] == str(world.ensure() / "data")
 
     stamp = (folder / "metrics.jsonl").stat().st_mtime_ns
     code, said = vireo("train", *runs.TINY, "notes=a try", "tags=[one]")

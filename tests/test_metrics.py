@@ -31,6 +31,16 @@ def test_ssim_falls_with_blur_and_works_on_small_frames():
     assert metrics.ssim(TARGET[..., :8, :8], TARGET[..., :8, :8]).tolist() == pytest.approx([1, 1])
 
 
+def test_similarity_of_each_pixel_is_local_and_has_the_clips_as_its_mean():
+    other = TARGET.clone()
+    other[..., :4, :4] = 0
+    pixels = metrics.ssim_map(other, TARGET)
+    assert pixels.shape == TARGET.shape
+    assert (pixels[..., 9:, 9:] > 0.9999).all(), "out of reach of a window of 11"
+    assert pixels[..., :4, :4].mean() < 0.5
+    assert pixels.mean(dim=(1, 2, 3, 4)).tolist() == pytest.approx(metrics.ssim(other, TARGET).tolist())
+
+
 def test_temporal_psnr_sees_flicker_but_not_a_constant_offset():
     flicker = TARGET + 0.1 * torch.tensor([1.0, -1, 1, -1]).view(1, 4, 1, 1, 1)
     assert (metrics.temporal_psnr(TARGET + 0.1, TARGET) > 90).all()

@@ -63,6 +63,29 @@ def test_environment_tells_versions_and_no_secret(monkeypatch):
     assert '"torch"' in about and "very-secret" not in about
 
 
+def test_what_data_a_run_had_is_known_by_names_and_sizes(tmp_path):
+    data = tmp_path / "data"
+    (data / "b").mkdir(parents=True)
+    for name, content in (("a.txt", "one"), ("b/c.txt", "four")):
+        (data / name).write_text(content)
+    (data / "gone").symlink_to(tmp_path / "nowhere")
+    node = {"_target_": "x", "root": str(data), "list": str(data / "a.txt"), "crop": "a.txt", "none": None, "size": 8}
+
+    def told(most=100):
+        return run_folder.data_files({**node, "missing": "/nowhere"}, most)
+
+    found = told()
+    assert list(found) == ["root", "list"] and found["root"]["path"] == str(data)
+    assert [found[key][what] for key in found for what in ("files", "bytes")] == [3, 7, 1, 3]
+    (data / "a.txt").write_text("two")
+    assert told() == found, "contents are not read"
+    few = told(most=2)
+    for change in (lambda: (data / "b/c.txt").write_text("fives"), lambda: (data / "b/c.txt").rename(data / "b/d.txt")):
+        change()
+        assert told()["root"]["names_and_sizes"] != found["root"]["names_and_sizes"] and told()["list"] == found["list"]
+        assert told(most=2) == few, "folder after folder"
+
+
 def test_json_is_replaced_at_once(tmp_path):
     path = tmp_path / "finished"
     assert run_folder.finished(tmp_path) is None

@@ -213,6 +213,7 @@ def run(settings: dict[str, Any], overrides: Sequence[str]) -> Job:
             from vireo.mini import world as mini_world  # brings numpy, which --help and --cfg can do without
 
             mini_world.ensure()
+        run_folder.write_json(folder / "data.json", run_folder.data_files(settings["data"]))
         code = start(folder / "resolved.yaml", settings["launcher"], held)
         if code == faults.EXIT_STOPPED and checkpoint.steps(folder)[-1:] == [settings["preempt_at"]]:
             print(f"starting again from step {settings['preempt_at']} (preempt_at)", flush=True)
@@ -289,11 +290,17 @@ def start(resolved: Path, launcher: dict[str, Any], held: int) -> int:
     """
     if ranks.started() is not None:
         return ranks.work(resolved)
-    started = time.time()
+    started, count = time.time(), number_of_processes(launcher["processes"])
+    if (gpus := len(devices.visible_gpus())) > count:
+        print(
+            f"{count} of {gpus} visible GPUs will be used. launcher.processes=auto uses all, with batch_size each: "
+            f"{gpus / count:g} times the global batch",
+            flush=True,
+        )
     for attempt in range(launcher["restarts"] + 1):
         if attempt:
             print(f"starting again from the last checkpoint ({attempt} of {launcher['restarts']})", flush=True)
-        code = _start_once(resolved, number_of_processes(launcher["processes"]), held, started)
+        code = _start_once(resolved, count, held, started)
         if code in (faults.EXIT_FINISHED, faults.EXIT_MISTAKE, faults.EXIT_STOPPED, faults.EXIT_INTERRUPTED):
             break
     return code

@@ -49,11 +49,15 @@ def ssim(prediction: Tensor, target: Tensor) -> Tensor:
 
     For frames smaller than the window, the window shrinks to the largest odd size that fits.
     """
+    return ssim_map(prediction, target).mean(dim=(1, 2, 3, 4))
+
+
+def ssim_map(prediction: Tensor, target: Tensor) -> Tensor:
+    """Structural similarity around each pixel, see `ssim`; frames are mirrored at borders. Float64 (B, T, C, H, W)."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    b, t = target.shape[:2]
     side = min(11, *(s - 1 + s % 2 for s in target.shape[-2:]))
-    values = structural_similarity_index_measure(
+    _, similarity = structural_similarity_index_measure(
         prediction.flatten(0, 1).float(),
         target.flatten(0, 1).float(),
         gaussian_kernel=True,
@@ -61,8 +65,9 @@ def ssim(prediction: Tensor, target: Tensor) -> Tensor:
         kernel_size=side,
         data_range=1.0,
         reduction="none",
+        return_full_image=True,
     )
-    return values.view(b, t).double().mean(dim=1)  # type: ignore[union-attr]
+    return similarity.view(target.shape).double()
 
 
 def box_ssim(prediction: Tensor, target: Tensor, side: int = 65) -> Tensor:

@@ -1,6 +1,7 @@
 """A run's folder: whose it is, what was asked, what it runs on, and whether it is done."""
 
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -10,9 +11,10 @@ import shlex
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -136,6 +138,17 @@ def environment() -> dict[str, Any]:
     }
 
 
+def data_files(node: Mapping[str, Any], most: int = 100_000) -> dict[str, dict[str, Any]]:
+    """What lies in each folder, or is each file, that the data's node names, by its key: enough to tell whether two
+    runs had the same data, without reading them.
+
+    names_and_sizes: a hash of the files' names below the folder and their sizes; of more than `most`, of the first
+    ones, folder after folder in the order of names.
+    """
+    named = {key: Path(value) for key, value in node.items() if isinstance(value, str) and os.path.isabs(value)}
+    return {key: _fingerprint(place, most) for key, place in named.items() if place.exists()}
+
+
 def stages(folder: Path) -> dict[str, Path]:
     """The runs of a chain's stages that have begun, by name; of an ordinary run, or of none, the folder itself."""
     path = folder / CHAIN
@@ -153,6 +166,26 @@ def finished(folder: Path) -> dict[str, Any] | None:
     """What the `finished` marker says, or None for a run that is not done."""
     path = folder / "finished"
     return json.loads(path.read_text()) if path.exists() else None
+
+
+def _fingerprint(place: Path, most: int) -> dict[str, Any]:
+    count, size, digest = 0, 0, hashlib.blake2b(digest_size=16)
+    for file in islice(_files(place), most):
+        try:
+            length = file.stat().st_size
+        except OSError:  # a link to nowhere
+            length = -1
+        digest.update(os.fsencode(file.relative_to(place)) + f" {length}\n".encode())
+        count, size = count + 1, size + max(0, length)
+    return {"path": str(place), "files": count, "bytes": size, "names_and_sizes": digest.hexdigest()}
+
+
+def _files(place: Path) -> Iterator[Path]:
+    if place.is_file():
+        yield place
+    for parent, folders, names in os.walk(place):
+        folders.sort()
+        yield from (Path(parent, name) for name in sorted(names))
 
 
 def _installed(package: str) -> bool:

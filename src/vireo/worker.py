@@ -487,6 +487,7 @@ class Run:
             log.info("stopped on request at step %d; the same command goes on from here", progress.step)
             return faults.EXIT_STOPPED
         self.log.finish()
+        self.sampler.run_exported(self.folder / "export")  # before the run counts as finished
         with run_folder.dispensable("the picture of the curves"):
             report.curves(self.folder)
         marker = {"step": progress.step, "figures": self.figures, "best": self.best}

@@ -10,6 +10,7 @@ from tests.data import captions, videos
 from vireo.data.captioned_clips import CaptionedClips
 from vireo.data.source import ChangedError, Source
 from vireo.data.stream import Stream, collate
+from vireo.data.transforms import RESAMPLER
 from vireo.errors import UserError
 from vireo.randomness import Draws
 from vireo.video_io import BadVideoError, read_image
@@ -381,7 +382,8 @@ def test_identities_say_content_and_all_that_shapes_the_pixels(root, tmp_path):
     assert len({identity(root), *(identity(root, **change) for change in changes)}) == 5
     videos.write_flat(moved / "videos" / "0.mp4", 20, first=3)
     assert identity(moved) != identity(root), "another clip under the same name"
-    assert json.loads(identity(root))["frames"] == list(range(0, 17, 2))
+    said = json.loads(identity(root))
+    assert said["frames"] == list(range(0, 17, 2)) and said["resampler"] == RESAMPLER
 
 
 def test_content_that_changes_while_it_is_read_is_not_what_its_identity_says(root, tmp_path):

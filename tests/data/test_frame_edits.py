@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import os
 import shutil
 from pathlib import Path
@@ -10,10 +11,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.data import edits
+from vireo.data import edit_clips_arrow
 from vireo.data.edit_clips_conversion import convert
 from vireo.data.frame_edits import FrameEdits
 from vireo.data.source import ChangedError
 from vireo.data.stream import Stream, collate
+from vireo.data.transforms import RESAMPLER
 from vireo.errors import UserError
 from vireo.randomness import Draws
 from vireo.video_io import BadVideoError
@@ -172,6 +175,7 @@ def test_identities_follow_the_content_not_the_place(root, tmp_path):
     target = FrameEdits(root, 1, 8, 8).sample(0, draws())["target"]
     edited = FrameEdits(moved, 1, 8, 8)
     assert edited.sample(0, draws())["target"].identity == target.identity
+    assert json.loads(target.identity)["resampler"] == RESAMPLER
     shutil.copy(moved / edits.NAMES[0] / "03.png", moved / edits.NAMES[0] / "20.png")
     assert FrameEdits(moved, 1, 8, 8).sample(0, draws())["target"].identity != target.identity
 
@@ -261,6 +265,24 @@ def test_faults_of_a_dataset(root, tmp_path):
         in faults
     )
     assert f"{edits.NAMES[1]} is in train and in val" in faults
+
+
+def test_a_row_without_its_edited_picture_is_left_out(root, tmp_path):
+    import datasets
+
+    convert(root, tmp_path / "whole")
+    splits = datasets.load_from_disk(str(tmp_path / "whole"))
+    told = splits["train"].cast_column("edited_image", datasets.Image(decode=False))
+    pictures = [*told["edited_image"][:1], {"bytes": b"", "path": "20.png"}, None]
+    lacking = datasets.Dataset.from_dict({**told[:], "edited_image": pictures}, features=splits["train"].features)
+    datasets.DatasetDict({**splits, "train": lacking}).save_to_disk(str(tmp_path / "lacking"))
+    edited = FrameEdits(tmp_path / "lacking", 2, 8, 8, frames_root=root)
+    assert [clip.name for clip in edited.clips] == [edits.NAMES[0]]
+    assert edited.faults() == [f"{name}: has no edited_image" for name in edits.NAMES[1:3]]
+    target = edited.clips[0].frames[-1]._replace(read=lambda: edit_clips_arrow._edited_image(lacking, 2))
+    edited.clips[0] = dataclasses.replace(edited.clips[0], frames=(*edited.clips[0].frames[:-1], target))
+    with pytest.raises(BadVideoError, match="frame 20 of train/move_object/video_01"):
+        edited.sources(0)
 
 
 def test_a_clip_that_a_dataset_lists_twice_has_two_names_and_is_told(root, tmp_path):

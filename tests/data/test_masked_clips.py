@@ -1,5 +1,6 @@
 """Clips with holes from DAVIS, YouTube-VOS and other videos: which ones, which pixels, what is read when."""
 
+import json
 import os
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from vireo.data.masked_clips import MaskedClips
 from vireo.data.source import ChangedError
 from vireo.data.stream import Stream, collate
+from vireo.data.transforms import RESAMPLER
 from vireo.errors import UserError
 from vireo.randomness import Draws
 from vireo.video_io import BadVideoError, write_video
@@ -137,6 +139,7 @@ def test_windows_share_their_frames_identities(roots):
     assert known["prompt"] == ["clean background"] and len(known["frames"]) == 12
     by_identity = {source.identity: source for source in known["frames"]}
     assert len(by_identity) == 12
+    assert {json.loads(identity)["resampler"] for identity in by_identity} == {RESAMPLER}
     for position in range(5):
         for source in data.sample(index, Draws(0, [position]))["frames"]:
             assert torch.equal(source.load(), by_identity[source.identity].load())

@@ -11,6 +11,7 @@ from vireo.data.references import Augmentation
 from vireo.data.source import ChangedError
 from vireo.data.stream import Stream
 from vireo.data.subject_clips import SubjectClips
+from vireo.data.transforms import RESAMPLER
 from vireo.errors import UserError
 from vireo.mini import subject_clips as world
 from vireo.randomness import Draws
@@ -300,7 +301,8 @@ def test_sources_are_all_that_samples_ask_for(root, arguments):
 
 def test_a_clip_that_is_shown_whole_can_be_cached_without_windows(root):
     made = clips(root, 21)
-    assert made.sample(0, draws())["frames"].identity == made.sources(0)["frames"][0].identity is not None
+    identity = made.sample(0, draws())["frames"].identity
+    assert identity == made.sources(0)["frames"][0].identity and json.loads(identity)["resampler"] == RESAMPLER
     assert "frames" not in clips(root, 20).sources(0)
 
 

@@ -9,6 +9,7 @@ from vireo.diffusion.noise_schedule import NoiseSchedule
 from vireo.errors import UserError
 from vireo.losses.denoising import Denoising
 from vireo.randomness import Draws
+from vireo.sampling.roll_out import padded
 
 INPUTS = ["condition_latents", "prompt_embeds"]
 IMAGES = ["condition_latents"]
@@ -163,29 +164,36 @@ def test_text_alone_and_token_numbers():
     assert found.tolist() == [[0, 9], [5, 6], [5, 6]], "with no picture, p is the probability of a dropped text"
 
 
-def test_a_network_can_learn_to_start_with_one_frame():
-    data = batch(clips=2)
-    drops = loss(history_dropout=0.5, image_inputs=IMAGES)
-    found = drops.conditions(data, Uniform(history_dropout=[0.4, 0.6]))["condition_latents"]
-    assert not found[0, :-1].any() and torch.equal(found[0, -1], data["condition_latents"][0, -1])
-    assert torch.equal(found[1], data["condition_latents"][1])
-    one = {**data, "condition_latents": data["condition_latents"][:, -1:]}
-    found = drops.conditions(one, Uniform(history_dropout=[0.0, 0.0]))["condition_latents"]
-    assert torch.equal(found, one["condition_latents"]), "one frame has no history"
+def test_a_shorter_history_is_the_window_that_samplers_make_of_it():
+    draws, frames = Draws(0, range(40)), 5
+    data = {"condition_latents": torch.randn(40, frames, 4, 2, 2), "prompt_embeds": torch.ones(40, 1, 1)}
+    given = data["condition_latents"]
+    found = loss(history_dropout=0.5, image_inputs=IMAGES).conditions(data, draws)["condition_latents"]
+    dropped = draws.uniform("history_dropout") < 0.5
+    known = torch.where(dropped, draws.integers("known_frames", 1, frames), frames)
+    assert set(known.tolist()) == set(range(1, frames + 1))
+    for window, clip, count in zip(found, given, known, strict=True):
+        assert torch.equal(window, padded(clip[None, frames - count :], frames)[0])
+
+
+def test_one_frame_has_no_history():
+    data = batch(clips=2, frames=1)
+    found = loss(history_dropout=1.0, image_inputs=IMAGES).conditions(data, Draws(0, [0, 1]))
+    assert torch.equal(found["condition_latents"], data["condition_latents"])
 
 
 def test_history_and_conditions_are_dropped_independently():
     count = 4000
     data = {
-        "condition_latents": torch.ones(count, 2, 1),
+        "condition_latents": torch.tensor([1.0, 2.0]).view(1, 2, 1).repeat(count, 1, 1),
         "prompt_embeds": torch.ones(count, 1),
         "null_prompt_embeds": torch.zeros(count, 1),
     }
     drops = loss(condition_dropout=0.2, image_inputs=IMAGES, history_dropout=0.5)
     found = drops.conditions(data, Draws(0, range(count)))["condition_latents"].flatten(1)
     assert (found[:, 1] == 0).float().mean().item() == pytest.approx(0.4, abs=0.03)
-    kept = found[found[:, 1] == 1]
-    assert (kept[:, 0] == 0).float().mean().item() == pytest.approx(0.5, abs=0.03)
+    kept = found[found[:, 1] == 2]
+    assert (kept[:, 0] == 2).float().mean().item() == pytest.approx(0.5, abs=0.03)
 
 
 def test_dropped_frames_that_are_not_finite_do_no_harm():

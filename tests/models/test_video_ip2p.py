@@ -16,6 +16,7 @@ from tests.pipelines import save_pipeline, unet
 from vireo.diffusion.noise_schedule import NoiseSchedule
 from vireo.errors import UserError
 from vireo.freezing import FreezePolicy
+from vireo.models.transformer_blocks import compile_each
 from vireo.models.video_ip2p import VideoEditor, widen, widened
 
 SCHEDULE = NoiseSchedule()
@@ -82,6 +83,36 @@ def test_older_frames_are_learnt_from_the_first_step(folder):
     assert not network.unet.conv_in.weight[:, 4:12].any()
     network(*inputs(3)).square().mean().backward()
     assert network.unet.conv_in.weight.grad[:, 4:12].abs().amax((0, 2, 3)).min() > 0
+
+
+def gradients(network):
+    prediction = network(*inputs(2))
+    prediction.square().mean().backward()
+    return [prediction, *(p.grad for p in network.parameters())]
+
+
+def test_channels_may_lie_last_but_not_those_of_weights(folder):
+    plain, fast = make(folder), make(folder, channels_last=True)
+    seen = []
+    fast.unet.conv_in.register_forward_hook(lambda module, arguments, output: seen.append(arguments[0]))
+    for one, two in zip(gradients(plain), gradients(fast), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+    assert all(one.is_contiguous() for one in fast.state_dict().values())
+
+
+def test_compiling_changes_no_name(folder):
+    compiled = make(folder, compile=True)
+    assert compiled.unet._compiled_call_impl and not make(folder).unet._compiled_call_impl
+    assert compiled.state_dict().keys() == make(folder).state_dict().keys()
+
+
+@pytest.mark.full
+def test_a_compiled_unet_computes_the_same(folder):
+    compiled = make(folder)
+    compile_each([compiled.unet], backend="aot_eager")  # without a compiler's minutes
+    for one, two in zip(gradients(make(folder)), gradients(compiled), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

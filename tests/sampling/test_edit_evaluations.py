@@ -8,7 +8,7 @@ from torch import nn
 from vireo.data.stream import Stream
 from vireo.diffusion.noise_schedule import NoiseSchedule
 from vireo.errors import UserError
-from vireo.metrics import psnr, ssim
+from vireo.metrics import psnr, ssim, ssim_map
 from vireo.sampling.columns import Remembered
 from vireo.sampling.edit_evaluations import FROZEN, OTHER_TEXT, Counterfactuals, RollOut, other_texts
 from vireo.sampling.edits import EditSampler
@@ -70,7 +70,7 @@ def test_a_sampler_that_remembers_is_looked_into(tmp_path):
 
 def test_rows_of_a_table():
     rows = evaluate(Counterfactuals(), Editor())
-    names = ["line", "psnr", "ssim", "l1", "changed_l1", "changed_psnr", "note"]
+    names = ["line", "psnr", "ssim", "l1", "changed_l1", "changed_psnr", "changed_ssim", "note"]
     assert all(list(row) == names for row in rows)
     expected = {"prediction", "vae", "copy-last vae", "copy-last", "copy-first", OTHER_TEXT, FROZEN}
     assert set(lines(rows)) == expected
@@ -122,6 +122,8 @@ def test_a_roll_out_frame_by_frame():
         if row["line"] == "copy-last":
             its = [(held - target).abs()[clip][changed[clip]].mean() for clip in range(3)]
             assert row["changed_l1"] == pytest.approx(float(torch.stack(its).mean()), rel=1e-5)
+            its = [ssim_map(held, target)[clip][changed[clip]].mean() for clip in range(3)]
+            assert row["changed_ssim"] == pytest.approx(float(torch.stack(its).mean()), rel=1e-5)
 
 
 def test_a_perfect_roll_out_of_what_stands_still():

@@ -6,6 +6,7 @@ from tests.edit_toys import FRAMES, SCALE, SIDE, Editor, Halving, LastFrame, bat
 
 from vireo.diffusion.noise_schedule import NoiseSchedule
 from vireo.errors import UserError
+from vireo.metrics import ssim_map
 from vireo.pixels import to_pixels
 from vireo.randomness import Draws
 from vireo.sampling.edits import EditSampler
@@ -118,6 +119,9 @@ def test_measures_of_the_region_that_changes():
     shown["prediction"][..., 2:, :] = 0.0  # wrong, but only where nothing happens
     figures = sampler().measure(Editor(), Halving(), data, shown)
     assert "inputs/l1" not in figures and "target/l1" not in figures
+    for prefix, title in (("", "prediction"), ("copy-last/", "copy-last")):
+        of_region = ssim_map(shown[title], pixels)[..., :2, :].mean()
+        assert float(figures.pop(f"{prefix}changed_ssim")) == pytest.approx(float(of_region), rel=1e-6)
     assert {name: float(value) for name, value in figures.items()} == pytest.approx(
         {
             "changed_fraction": 0.5,

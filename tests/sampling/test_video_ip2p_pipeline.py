@@ -219,6 +219,19 @@ def test_noise_that_is_drawn_within_steps(video):
     torch.testing.assert_close(both[1:], alone, rtol=0, atol=1e-5)
 
 
+def test_half_precision_holds_the_latents_of_zero_terminal_snr(video_folder):
+    """Euler's begin at 4096 times the noise; above 65504 fp16 has but infinity."""
+    half = load(video_folder).to(torch.float16)
+    half.scheduler = diffusers.EulerDiscreteScheduler.from_config(
+        half.scheduler.config, rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing"
+    )
+    start = torch.full((1, 4, 8, 8), 17.0)
+    assert half.scheduler.init_noise_sigma * 17 > torch.finfo(torch.float16).max
+    made = run(half, clip(), latents=start, output_type="latent")
+    assert made.dtype == torch.float16 and made.isfinite().all()
+    assert run(half, clip(), latents=start).isfinite().all()
+
+
 def test_a_roll_out_encodes_once_a_step_and_equals_calls_on_everything(video):
     frames, settings = clip(), {"num_inference_steps": 2, "generator": seeded(), "output_type": "np"}
     counted, encode = [], video.vae.encode

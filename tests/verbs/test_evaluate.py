@@ -66,6 +66,18 @@ def test_a_teacher_that_fails_fails_the_evaluation(when, tmp_path, monkeypatch):
         assert not (tmp_path / "metrics.json").exists()
 
 
+def test_a_run_is_evaluated_in_its_own_precision(tmp_path):
+    words = ["steps=1", "validation.every=1", "validation.at_start=false", "precision=bf16"]
+    folder = runs.train(tmp_path, *words)
+    figures = {}
+    for precision in ("bf16", "fp32"):
+        further = ["clips=2", "model.evaluations=null", f"precision={precision}", f"out={tmp_path / precision}"]
+        assert evaluate.main([f"run={folder}", *further]) == 0
+        figures[precision] = json.loads((tmp_path / precision / "metrics.json").read_text())["mean"]["psnr"]
+    validated = runs.metrics(folder)[-1]["validation/psnr"]
+    assert figures["bf16"] == pytest.approx(validated, abs=1e-6) != figures["fp32"]
+
+
 def test_an_infinite_psnr_is_null_in_a_clips_row():
     measures = {"psnr": 100.0, "teacher/pooled_psnr": 100.0, "ssim": 1.0, "temporal_psnr": 99.9}
     honest = {"psnr": None, "teacher/pooled_psnr": None, "ssim": 1.0, "temporal_psnr": 99.9}

@@ -38,8 +38,8 @@ def list_arrow(folder: Path, frames_root: Path | None = None, allow_outside_root
 
     frames_root: the folder that paths start from, in place of the recorded one; absolute paths are then looked for in
     it too, from their split's name on. allow_outside_root: whether frames may lie elsewhere, as absolute paths without
-    frames_root do. Left out, with the reason: clips without text, or with a missing frame. A clip
-    that a split lists again, say with another text, is named "<clip> (2)".
+    frames_root do. Left out, with the reason: clips without text, without edited picture, or with a missing frame. A
+    clip that a split lists again, say with another text, is named "<clip> (2)".
     Raises UserError for a folder that holds something else, for other columns, and for frames that are not where the
     dataset says.
     """
@@ -48,7 +48,7 @@ def list_arrow(folder: Path, frames_root: Path | None = None, allow_outside_root
     clips, left_out = [], []
     for split, table in splits.items():
         seen: Counter[str] = Counter()
-        rows = table.select_columns(["input_frames", "edit_prompt"])[:]
+        rows, has_picture = table.select_columns(["input_frames", "edit_prompt"])[:], _has_picture(table)
         for row, (written, prompt) in enumerate(zip(rows["input_frames"], rows["edit_prompt"], strict=True)):
             name, _, task = named_parts(PurePosixPath(written[0]).parent)
             name = name or f"{split}/row_{row:05d}"
@@ -66,6 +66,8 @@ def list_arrow(folder: Path, frames_root: Path | None = None, allow_outside_root
                 left_out.append(f"{name}: {numbers(missing)} missing, looked for as {paths[missing[0]]}")
             elif not (prompt or "").strip():
                 left_out.append(f"{name}: has no instruction")
+            elif not has_picture[row]:
+                left_out.append(f"{name}: has no edited_image")
             else:
                 target = paths[-1].with_name(f"{NUM_FRAMES - 1:02d}{paths[-1].suffix}")
                 frames = [Frame(path, partial(Path.read_bytes, path)) for path in paths]
@@ -90,6 +92,15 @@ def open_splits(folder: Path) -> dict[str, Any]:
                 f"{folder / name} has other columns.\nfound    {dict(split.features)}\nexpected {dict(features())}"
             )
     return {name: split.cast_column("edited_image", Image(decode=False)) for name, split in splits.items()}
+
+
+def _has_picture(table: Any) -> list[bool]:
+    """Of each row, by the lengths of its bytes alone."""
+    import pyarrow.compute
+
+    column = table.select_columns("edited_image").with_format("arrow")[:]["edited_image"]
+    lengths = pyarrow.compute.binary_length(pyarrow.compute.struct_field(column, "bytes"))
+    return [bool(length) for length in lengths.to_pylist()]
 
 
 def _edited_image(table: Any, row: int) -> bytes:

@@ -16,7 +16,7 @@ from vireo.data import edit_clips_arrow, edit_clips_conversion
 from vireo.data.edit_clips import NUM_FRAMES, EditClip, Frame, Listing, list_raw, metadata_file
 from vireo.data.listing import shortened
 from vireo.data.source import Source, check_content, identify
-from vireo.data.transforms import centre_box, crop_and_resize, random_box
+from vireo.data.transforms import RESAMPLER, centre_box, crop_and_resize, random_box
 from vireo.digests import bytes_digest, file_digest, file_digests
 from vireo.errors import UserError
 from vireo.randomness import Draws
@@ -228,7 +228,7 @@ class FrameEdits:
         known = self._known.setdefault(id(clip), {})  # a name may come twice in published datasets
         key = json.dumps(view.about, sort_keys=True)
         if key not in known:
-            decoding = {"decoder": decoder_version("pillow"), **view.about}
+            decoding = {"decoder": decoder_version("pillow"), "resampler": RESAMPLER, **view.about}
             known[key] = [identify(content, **decoding) for content in _digests(clip, numbers)]
         return known[key]
 
@@ -354,7 +354,10 @@ def _digests(clip: EditClip, numbers: Sequence[int]) -> list[str]:
         known = file_digests([frame.path for frame in frames if not frame.is_inside])
     except OSError:  # asked one by one, the frame is known
         return [_read(partial(_digest, clip.frames[number]), clip, number) for number in numbers]
-    return [_digest(frame) if frame.is_inside else known[str(frame.path)] for frame in frames]
+    return [
+        _read(partial(_digest, frame), clip, number) if frame.is_inside else known[str(frame.path)]
+        for number, frame in zip(numbers, frames, strict=True)
+    ]
 
 
 def _digest(frame: Frame) -> str:

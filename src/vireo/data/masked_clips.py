@@ -16,7 +16,7 @@ from vireo.data.listing import Entry, list_folder, shortened
 from vireo.data.masks import MovingShapes, dilate, read_hole
 from vireo.data.scan import scan
 from vireo.data.source import Source, check_content, identify
-from vireo.data.transforms import covering_size, crop_centre, resize
+from vireo.data.transforms import RESAMPLER, covering_size, crop_centre, resize
 from vireo.data.vos_layouts import davis, davis_annotation, youtube_vos
 from vireo.digests import file_digests
 from vireo.errors import UserError
@@ -373,7 +373,7 @@ class MaskedClips:
                 raise BadVideoError(path, error.strerror or str(error)) from error
             self._digests[name] = {file: found[str(file)] for file in files}
         digests, fit = list(self._digests[name].values()), self._size(info)
-        about: dict[str, Any] = {"size": fit.size, "crop": fit.crop}
+        about: dict[str, Any] = {"size": fit.size, "crop": fit.crop, "resampler": RESAMPLER}
         if not is_folder:
             decoder = decoder_version(info.decoder)
             return [identify(digests[0], decoder=decoder, frame=number, **about) for number in numbers]

@@ -23,7 +23,7 @@ from vireo.data.subject_choice import SELECTIONS, Chosen, Filters, Selection, ch
 from vireo.data.subject_pairs import SubjectPairs
 from vireo.data.subject_parts import Clip, below, find_parts
 from vireo.data.subject_references import Picture, Reference, Shown
-from vireo.data.transforms import Box, covering_size, crop_and_resize, crop_centre
+from vireo.data.transforms import RESAMPLER, Box, covering_size, crop_and_resize, crop_centre
 from vireo.errors import UserError
 from vireo.randomness import Draws
 from vireo.video_io import BadVideoError, VideoReader
@@ -322,7 +322,7 @@ class SubjectClips:
                 start=start,
                 height=self.height,
                 width=self.width,
-                resampler="torch bilinear, antialiased",
+                resampler=RESAMPLER,
             )
         return Source(identity, partial(self._load, clip, start, identity), clip.name)
 

@@ -15,7 +15,8 @@ from torch.nn.functional import interpolate, pad
 
 from vireo.randomness import Draws
 
-RESAMPLER = "torch bilinear, antialiased"  # for identities of what is cached
+# For identities of what is cached. Whoever changes what becomes of a pixel in this module counts the version up.
+RESAMPLER = "torch bilinear, antialiased, version 1"
 Resize = Literal["crop", "pad", "stretch"]
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in torchvision's rgb_to_grayscale

@@ -34,8 +34,9 @@ class Denoising(Loss):
         those are texts that have a twin `null_<name>` in the batch, whose rows take the place of dropped ones.
     image_dropout: probability that the image inputs are zero, by a draw of its own, as diffusers' example of CogVideoX
         has it; None: `condition_dropout` decides on them too.
-    history_dropout: probability that of image inputs (B, N, ...) all frames but the last are zero, by another draw: a
-        network that sees this can also start where fewer frames are known.
+    history_dropout: probability, by another draw, that of image inputs (B, N, ...) only the last 1 to N - 1 frames are
+        known, all numbers alike. Copies of the oldest known one stand for the others, as in every sampler, so a network
+        that has seen this can also start where fewer frames are known.
     timestep_sampling: "uniform" over `timestep_range`, or "logit_normal", more often in its middle than at its ends.
     timestep_range: the first timestep, and the one after the last; None: all of the schedule's.
     min_snr_gamma: weighs samples by `NoiseSchedule.min_snr_weights`; None: all alike.
@@ -101,8 +102,8 @@ class Denoising(Loss):
         """batch: latents (B, ...), clean and scaled; an entry for each of `inputs`, and null_<name> for dropped texts.
 
         With skip_padding, latents are (B, C, t, h, w) and padding_frames is an integer (B,).
-        Draws: "timestep", "noise"; "condition_dropout", "image_dropout" and "history_dropout" where there is something
-        to decide.
+        Draws: "timestep", "noise"; where there is something to decide "condition_dropout", "image_dropout",
+        "history_dropout" and "known_frames".
         """
         clean = batch["latents"].float()
         timesteps = self.timesteps(draws, clean)
@@ -168,7 +169,10 @@ class Denoising(Loss):
             given |= {name: _zeroed(given[name], dropped) for name in self.image_inputs}
         if self.history_dropout:
             dropped = draws.uniform("history_dropout") < self.history_dropout
-            given |= {name: _without_history(given[name], dropped) for name in self.image_inputs}
+            for name in self.image_inputs:
+                if (count := given[name].shape[1]) > 1:
+                    known = torch.where(dropped, draws.integers("known_frames", 1, count), count)
+                    given[name] = _last_frames(given[name], known)
         return given
 
     def _drop(self, given: dict[str, Tensor], batch: dict, u: Tensor) -> dict[str, Tensor]:
@@ -206,6 +210,8 @@ def _zeroed(x: Tensor, rows: Tensor) -> Tensor:
     return torch.where(_rows(rows, x), torch.zeros_like(x), x)
 
 
-def _without_history(frames: Tensor, rows: Tensor) -> Tensor:
-    """frames (B, N, ...), of some rows only the last one."""
-    return torch.cat([_zeroed(frames[:, :-1], rows), frames[:, -1:]], dim=1)
+def _last_frames(frames: Tensor, known: Tensor) -> Tensor:
+    """(B, N, ...) in which copies of the oldest of the last `known` (B,) frames stand for those before it."""
+    count = frames.shape[1]
+    places = torch.arange(count, device=frames.device).maximum(count - known[:, None])
+    return frames[torch.arange(len(frames), device=frames.device)[:, None], places]

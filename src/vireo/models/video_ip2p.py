@@ -22,6 +22,7 @@ from vireo.diffusion.noise_schedule import NoiseSchedule
 from vireo.errors import UserError
 from vireo.models import saved_networks
 from vireo.models.network import Network
+from vireo.models.transformer_blocks import compile_each
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,9 @@ class VideoEditor(Network):
     pipeline: the folder whose VAE, text encoder, tokenizer and scheduler an export takes over; by default the one that
         the UNet lies in.
     gradient_checkpointing: compute what learns twice in exchange for most of its activations' memory.
+    compile: whether torch.compile makes kernels for the UNet, at its first call and for each shape.
+    channels_last: whether activations lie in memory with their channels last, as GPUs' convolutions like them in half
+        precision. Weights lie as ever, so files and shards are the same.
 
     All weights are float32; lower precision is autocast's affair. Raises UserError for folders that do not suit.
     """
@@ -59,9 +63,12 @@ class VideoEditor(Network):
         text_encoder: str | None = None,
         pipeline: str | None = None,
         gradient_checkpointing: bool = False,
+        compile: bool = False,
+        channels_last: bool = False,
     ) -> None:
         super().__init__()
         self.num_condition_frames, self.noise_schedule = num_condition_frames, noise_schedule
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         folder = _find_unet(unet)
         self.pipeline = _Pipeline(Path(pipeline).expanduser() if pipeline else folder.parent)
         self.pipeline.compare(noise_schedule)
@@ -72,6 +79,8 @@ class VideoEditor(Network):
             self.unet.enable_gradient_checkpointing()
             if self.text_encoder is not None:
                 self.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
+        if compile:
+            compile_each([self.unet])
         self.train()
 
     def forward(
@@ -95,6 +104,7 @@ class VideoEditor(Network):
         if self.text_encoder is not None:
             prompt_embeds = self.text_encoder(prompt_ids).last_hidden_state
         stacked = torch.cat([noisy, condition_latents.flatten(1, 2).to(noisy.dtype)], dim=1)  # (B, 4 + 4 N, h, w)
+        stacked = stacked.contiguous(memory_format=self.memory_format)
         return self.unet(stacked, timesteps, encoder_hidden_states=prompt_embeds).sample
 
     def export(self, folder: Path, state: Mapping[str, Tensor]) -> list[Path]:

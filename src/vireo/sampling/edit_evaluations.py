@@ -22,8 +22,8 @@ class Counterfactuals:
     """The same clips and noise with another clip's text, and with a history that stands still.
 
     A network that reads the text is worse with a wrong one; one that looks at more than the last frame is worse without
-    the others. Rows: {"line", "psnr", "ssim", "l1", "changed_l1", "changed_psnr", "note"}, means over the clips; see
-    `EditSampler.measure`. The sampler's other columns and baselines have rows too.
+    the others. Rows: {"line", "psnr", "ssim", "l1", "changed_l1", "changed_psnr", "changed_ssim", "note"}, means over
+    the clips; see `EditSampler.measure`. The sampler's other columns and baselines have rows too.
 
     clips: how many of the held-out clips, from the first; each is sampled three times. None: all. batch_size: clips at
     a time. A clip's other text is that of the next clip, in turn, whose text differs.
@@ -71,8 +71,9 @@ class RollOut:
 
     A clip has N + 1 frames, so a roll-out of K frames whose truth is known starts from N + 1 - K; the window's missing
     ones are copies of the oldest, which is harder than what the network was trained on. num_frames: K, at most N.
-    Rows: {"frame", "line", "psnr", "ssim", "l1", "changed_l1", "changed_psnr", "known_frames"}, means over the clips.
-    What changes is counted from the last known frame, see `EditSampler.measure`. known_frames: N + 1 - K.
+    Rows: {"frame", "line", "psnr", "ssim", "l1", "changed_l1", "changed_psnr", "changed_ssim", "known_frames"}, means
+    over the clips. What changes is counted from the last known frame, see `EditSampler.measure`. known_frames:
+    N + 1 - K.
 
     clips, batch_size: as for `Counterfactuals`.
     """

@@ -1,6 +1,7 @@
 """The frame after a clip, made from the clip and an instruction."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from vireo.diffusion.guidance import TwoScaleGuidance
 from vireo.errors import UserError
-from vireo.metrics import decibels, mean_where
+from vireo.metrics import decibels, mean_where, ssim_map
 from vireo.pixels import as_8_bit, to_pixels, to_uint8
 from vireo.randomness import Draws
 from vireo.sampling.denoising_loop import denoise
@@ -165,7 +166,7 @@ class EditSampler(Sampler):
     def measure(
         self, network: nn.Module, encoder: Any, batch: dict, columns: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Mean absolute error `l1`, and `changed_l1` and `changed_psnr` where the target differs from the last frame.
+        """Mean absolute error `l1`; `changed_l1`, `changed_psnr` and `changed_ssim` where target and last frame differ.
 
         changed_fraction: how much of the frame that is. Where it is none, the whole frame counts. All on the pixels
         that an 8-bit picture would have; (B,) each.
@@ -178,11 +179,25 @@ class EditSampler(Sampler):
             if title == "target" or title in self.unscored or column.shape != target.shape:
                 continue
             prefix = "" if title == "prediction" else f"{title}/"
-            error = (as_8_bit(column) - target).double()
+            shown = as_8_bit(column)
+            error = (shown - target).double()
             figures[f"{prefix}l1"] = error.abs().mean(dim=(1, 2, 3, 4))
             figures[f"{prefix}changed_l1"] = mean_where(region, error.abs())
             figures[f"{prefix}changed_psnr"] = decibels(mean_where(region, error.square()))
+            figures[f"{prefix}changed_ssim"] = mean_where(region, ssim_map(shown, target))
         return figures
+
+    def run_exported(self, folder: Path) -> None:
+        """One step for one frame by the pipeline. Raises UserError if it is not finite, and whatever stops it."""
+        from vireo.sampling.video_ip2p_pipeline import VideoInstructPix2PixPipeline
+
+        pipeline = VideoInstructPix2PixPipeline.from_pretrained(folder)
+        pipeline.set_progress_bar_config(disable=True)
+        side = 8 * pipeline.vae_scale_factor  # UNets halve latents three times
+        frames = torch.zeros(1, pipeline.num_condition_frames, 3, side, side)
+        made: Any = pipeline("", frames, num_inference_steps=1, output_type="pt")
+        if not made.images.isfinite().all():
+            raise UserError(f"{folder} makes frames that are not finite: the network's weights have gone wrong")
 
     def changed(self, batch: Mapping[str, Any]) -> Tensor:
         """Pixels of the target that differ from the last frame by more than the threshold, bool (B, 1, 1, H, W)."""

@@ -1,6 +1,7 @@
 """What every sampler offers: columns to look at and to score, and what is measured or shown beside them."""
 
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -35,6 +36,13 @@ class Sampler:
         "<column>/<measure>".
         """
         return {}
+
+    def run_exported(self, folder: Path) -> None:
+        """Load what the network exported as its users will, and run it once; what fails is raised. By default nothing.
+
+        Called at a run's end, on the main process. On the CPU, since the training still fills the GPU.
+        """
+        return None
 
     def videos(self, network: nn.Module, encoder: Any, batch: dict, draws: Draws) -> dict[str, dict[str, Tensor]]:
         """Further videos that `vireo sample` writes, and validation does not since they cost more; by default none.

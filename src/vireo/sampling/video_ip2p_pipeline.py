@@ -203,10 +203,12 @@ class VideoInstructPix2PixPipeline(DiffusionPipeline):
             noise = randn_tensor(shape, generator, self._execution_device, self.unet.dtype)
         elif noise.shape != shape:
             raise UserError(f"latents: noise of the shape {shape} is expected, got {tuple(noise.shape)}")
-        return denoise(
+        # Between the steps float32: with zero terminal SNR Euler's latents begin at 4096 times the noise, fp16 ends at
+        # 65504 (huggingface/diffusers#6981), and bf16 would round at every step.
+        latents = denoise(
             self._predict,
             self.scheduler,
-            noise.to(self._execution_device, self.unet.dtype),
+            noise.to(self._execution_device, torch.float32),
             guidance,
             guidance.conditions({"frames": window}, {"text": text}, {"text": null_text}),
             num_inference_steps,
@@ -214,10 +216,11 @@ class VideoInstructPix2PixPipeline(DiffusionPipeline):
             eta=eta,
             progress=self.progress_bar,
         )
+        return latents.to(self.unet.dtype)
 
     def _predict(self, noisy: Tensor, timesteps: Tensor, frames: Tensor, text: Tensor) -> Tensor:
-        stacked = torch.cat([noisy, frames.flatten(1, 2)], dim=1)
-        return self.unet(stacked, timesteps, encoder_hidden_states=text, return_dict=False)[0]
+        stacked = torch.cat([noisy.to(self.unet.dtype), frames.flatten(1, 2)], dim=1)
+        return self.unet(stacked, timesteps, encoder_hidden_states=text, return_dict=False)[0].float()
 
     def _window(self, frames: Any, repeat_oldest: bool) -> Tensor:
         """Unscaled latents (B, N, C, h, w) of whatever `frames` may be."""

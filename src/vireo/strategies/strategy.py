@@ -159,12 +159,16 @@ def refuse_fp16(precision: str, strategy: str) -> None:
 
 
 def in_precision(forward: Callable, device: torch.device, precision: str) -> Callable:
-    """A forward under autocast whose outputs are float32, as accelerate's; `forward` itself for fp32."""
+    """A forward under autocast whose outputs are float32, as accelerate's; `forward` itself for fp32.
+
+    precision: fp32, bf16 or fp16, see `resolve_precision`.
+    """
     from accelerate.utils import convert_outputs_to_fp32
 
     if precision == "fp32":
         return forward
-    return convert_outputs_to_fp32(torch.autocast(device.type, torch.bfloat16)(forward))
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return convert_outputs_to_fp32(torch.autocast(device.type, dtype)(forward))
 
 
 # Parts of `memory.estimate` by what a strategy may share out.

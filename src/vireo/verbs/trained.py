@@ -13,6 +13,7 @@ from vireo.errors import UserError
 from vireo.mini import world
 from vireo.models.encoders import Encoder
 from vireo.models.network import Network
+from vireo.strategies.strategy import in_precision, resolve_precision
 from vireo.validation import SEED
 from vireo.verbs.arguments import Arguments, whole
 
@@ -22,7 +23,8 @@ def device() -> torch.device:
 
 
 def network(arguments: Arguments) -> tuple[Network, str]:
-    """The network in evaluation mode on the device, and a line that says where its weights are from.
+    """The network in evaluation mode on the device, computing in the run's `precision`, and a line that says where its
+    weights are from.
 
     Own keys: `step` of the run, `weights` a file or folder that the network's `load` reads. Without a run and without
     weights, the network is what training would start from.
@@ -46,7 +48,10 @@ def network(arguments: Arguments) -> tuple[Network, str]:
         weights.check_frozen(found, weights.frozen_digest(made))
         weights.load_trained(made, {**found.tensors("network"), **found.tensors("ema")}, found.folder)
         about = f"{found.folder}{' (averaged)' if found.tensors('ema') else ''}"
-    return made.eval().requires_grad_(False).to(device()), about
+    made.eval().requires_grad_(False).to(device())
+    precision = resolve_precision(settings["precision"])
+    made.forward = in_precision(made.forward, device(), precision)  # type: ignore[method-assign]
+    return made, about
 
 
 def held_out(settings: dict[str, Any], encoder: Encoder) -> Stream:
