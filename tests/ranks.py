@@ -1,5 +1,6 @@
 """Ranks that run several configs in turn, forked from this process, so that importing is paid once."""
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -27,6 +28,7 @@ def work(
 
     def child(rank: int) -> None:
         orphans.die_with_parent(parent)
+        gc.freeze()  # as in runs.py
         group = {"WORLD_SIZE": processes, "RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1"}
         group |= {"MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in group.items()})

@@ -1,5 +1,6 @@
 """Real runs, quickly: workers forked from this process, which has imported everything already."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -58,6 +59,7 @@ def work(folder: Path, sabotage: Callable[[], None] | None = None, timeout: floa
 
     def child() -> None:
         orphans.die_with_parent(parent)
+        gc.freeze()  # a process group that the parent has left to be collected would wait here for its threads
         set_up_logging(folder / "train.log")
         if sabotage is not None:
             sabotage()

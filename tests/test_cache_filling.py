@@ -331,7 +331,7 @@ def test_a_full_disk_is_told(tmp_path, data, monkeypatch):
 
 
 def test_a_disk_without_room_for_all_is_told_by_the_first_entry(tmp_path, data, monkeypatch):
-    monkeypatch.setattr(cache_filling.shutil, "disk_usage", lambda folder: SimpleNamespace(free=100))
+    monkeypatch.setattr(cache_filling.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1))
     encoder = Latents()
     cache = cache_of(encoder, tmp_path / "cache")
     with pytest.raises(UserError, match=r"lacks \d+ entries of \w+, .* each and .* in all; .* are free. .*cache=off"):

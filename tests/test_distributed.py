@@ -144,7 +144,7 @@ def test_two_ranks_equal_one_with_the_same_global_batch(ranks, one):
         torch.testing.assert_close(rank["losses"], one[0], rtol=2e-6, atol=0)
         for here, alone in zip(rank["weights"] + rank["average"], one[1] + one[2], strict=True):
             torch.testing.assert_close(here, alone.detach(), rtol=1e-5, atol=1e-7)
-    assert ranks[0]["progress"] == (6, 24, 0, None)
+    assert ranks[0]["progress"] == (6, 24, 0, 0.0, 0)
 
 
 def test_so_do_two_ranks_that_accumulate(ranks, one):

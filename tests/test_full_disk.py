@@ -63,8 +63,8 @@ def fail_everywhere():
     TAEHV.export = once(TAEHV.export, lambda network, folder, state: folder.name == "best")
     begin = tracking.MetricsFile.__init__
 
-    def flaky(self, *args):
-        begin(self, *args)
+    def flaky(self, *args, **kwargs):
+        begin(self, *args, **kwargs)
         self.file = Flaky(self.file)
 
     tracking.MetricsFile.__init__ = flaky

@@ -207,12 +207,20 @@ def test_no_boolean_where_text_is_meant(path):
         if hint is bool
     }
     known = {*schema_bools, "enabled", "_partial_", "find_unused_parameters", "job.chdir"}
-    known |= {"network.gradient_checkpointing", "detach", "offload", "network.compile", "sampler.dynamic_guidance"}
+    known |= {
+        "network.gradient_checkpointing",
+        "detach",
+        "offload",
+        "network.compile",
+        "network.channels_last",
+        "sampler.dynamic_guidance",
+    }
     known |= {"encoder.tiling", "encoder.slicing", "dora", "rslora", "float8", "skip_padding"}
     known |= {"network.learned_positions", "network.vae_pos_embed"}
     known |= {"empty_captions", "validation_id_token", "annotations"}
     known |= {"prefer_tagged", "no_background", "with_face", "subject_mask"}
     deepspeed = {"overlap_comm", "contiguous_gradients", "offload_optimizer.pin_memory"}
+    deepspeed |= {"use_multi_rank_bucket_allreduce"}
     known |= {f"config.zero_optimization.{key}" for key in deepspeed}
     known |= {"config.zero_allow_untested_optimizer", "config.zero_force_ds_cpu_optimizer"}
     known |= {"stderr_to_stdout", "launcher.slurm.sbatch.requeue"}

@@ -36,7 +36,7 @@ def test_the_generator_has_the_names_of_longlive(weights):
     state = torch.load(models / "longlive_base.pt", weights_only=True)["generator"]
     assert "model.blocks.0.cross_attn.k.weight" in state and "model.head.modulation" in state
     made = WanReferences(
-        str(weights / wan_networks.WAN), str(models / "longlive_base.pt"), str(models / "lora.pt"),
+        str(weights / wan_networks.WAN), str(models / "longlive_base.pt"), generator_lora=str(models / "lora.pt"),
         mode="causal", clip_dim=32, dtype="fp32",
     )  # fmt: skip
     for name, value in made.transformer.state_dict().items():
