@@ -180,9 +180,11 @@ class TestFreezePolicies:
         made = network(folder)
         new = {name for name, _ in made.named_parameters() if is_new(name.removeprefix("transformer."))}
         assert self.trained(made, "new_modules") == new
-        gate, *others = self.policy("new_modules").groups(made, 1e-4)
+        gate, projected, *others = self.policy("new_modules").groups(made, 1e-4)
         assert [name for name, _ in gate["params"]] == [f"transformer.blocks.{n}.attn2.clip_gate" for n in range(2)]
-        assert gate["lr"] == pytest.approx(1e-2) and all(group["lr"] == 1e-4 for group in others)
+        assert [name for name, _ in projected["params"]] == ["clip_proj.proj.3.weight", "vae_proj.proj.3.weight"]
+        assert gate["lr"] == pytest.approx(1e-2) and projected["lr"] == pytest.approx(1e-3)
+        assert all(group["lr"] == 1e-4 for group in others)
         assert [group["name"] for group in others] == ["clip_proj", "vae_proj", "k_vae", "v_vae"]
 
     def test_gates_of_one_are_a_formula_and_stay(self, folder, tmp_path):
