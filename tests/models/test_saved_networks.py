@@ -54,3 +54,19 @@ def test_what_is_missing_is_told_with_the_key_to_set(tmp_path):
     (tmp_path / "model.bin").write_bytes(b"")
     with pytest.raises(UserError, match="beside config.json there is model.bin.*can run code"):
         saved_networks.find(tmp_path, "vae", "model.encoder.vae")
+
+
+def test_weights_that_are_pieces_of_one_buffer_are_saved_each_by_itself(tmp_path):
+    from diffusers import UNet2DModel
+
+    network = UNet2DModel(
+        block_out_channels=(4,), norm_num_groups=2, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)
+    )
+    state, taken = network.state_dict(), 0
+    buffer = torch.randn(sum(value.numel() for value in state.values()))
+    for name, value in state.items():
+        state[name] = buffer[taken : taken + value.numel()].view(value.shape)
+        taken += value.numel()
+    saved_networks.save(network, state, tmp_path)
+    again = saved_networks.tensors(saved_networks.Part(tmp_path, {}, [tmp_path / saved_networks.WEIGHTS[0]]))
+    assert again.keys() == state.keys() and all(torch.equal(again[name], state[name]) for name in state)

@@ -140,7 +140,9 @@ def save(network: Any, state: Mapping[str, Tensor], folder: Path, max_shard_size
     config.pop("_name_or_path", None)
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     pattern = WEIGHTS[0].replace(".safetensors", "{suffix}.safetensors")
-    save_torch_state_dict(dict(state), folder, filename_pattern=pattern, max_shard_size=max_shard_size)
+    # On a CPU, ZeRO's weights are pieces of one buffer, which files cannot share.
+    own = {n: v if v.untyped_storage().nbytes() == v.nbytes else v.clone() for n, v in state.items()}
+    save_torch_state_dict(own, folder, filename_pattern=pattern, max_shard_size=max_shard_size)
 
 
 def tensors(part: Part) -> dict[str, Tensor]:
