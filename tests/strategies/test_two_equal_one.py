@@ -17,7 +17,7 @@ from vireo.mini import world
 SHORT = ["steps=4", "checkpoint.every=2", "validation.every=null", "validation.clips=2", "logging.every=1"]
 SHORT += ["validation.at_start=false", "tracker=none", "loader.workers=0", "ema.decay=0.9", "launcher.timeout=60"]
 QUICK, FULL = tuple(name for name, recipe in RECIPES.items() if recipe.quick), tuple(RECIPES)
-FEW = ("taehv", "ip2p_video", "opens2v_wan")  # of the quick ones, for a second strategy
+FEW = ("taehv", "opens2v_wan")  # of the quick ones, for a second strategy
 HALF_FROZEN = ("cogvideox_t2v_lora", "model.network.dtype=bf16")  # the mini size has float32 throughout
 full = pytest.mark.full
 STRATEGIES = [
