@@ -36,7 +36,7 @@ def run(tmp_path, monkeypatch):
 
 
 def test_the_code_and_traceback_of_the_rank_that_failed_first(run, capfd):
-    second = "try: 1 / 0\nexcept ZeroDivisionError:\n import traceback; traceback.print_exc(); note(); time.sleep(1.6)"
+    second = "try: 1 / 0\nexcept ZeroDivisionError:\n import traceback; traceback.print_exc(); note(); time.sleep(1.2)"
     assert run("time.sleep(1); note(); sys.exit(1)", f"{second}\n sys.exit(3)") == 3
     said = capfd.readouterr().err
     assert "rank 1 failed first (exit code 3); the end of" in said and "logs/rank_1.log" in said
