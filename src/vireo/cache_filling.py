@@ -117,8 +117,8 @@ def fill(
     name: of the manifest that says who needs these entries. batch_size: how many are encoded at once. workers, timeout:
     of the loader. thorough: believe an entry that is there only after its checksum. stop: ends it after a batch.
     The encoder's weights are loaded when there is something to encode, those for texts first, which are freed before
-    others are loaded; none stay afterwards. Files that change
-    meanwhile are told and looked at once more, so that an entry never holds another content than its key says.
+    others are loaded; none stay afterwards. Files that change meanwhile are told and looked at once more, so that an
+    entry never holds another content than its key says.
     Raises UserError, on all ranks, for an encoding that is not finite (it names the file), for weights that are being
     replaced, for a disk without room for what is missing, and for a folder that cannot be written. Whatever else ends
     one rank (its memory, a worker that died) ends all, as a RuntimeError that names it on the others. Files that cannot
@@ -299,7 +299,9 @@ class _Share:
 
     def _check_space(self, output: str, encoding: Tensor) -> None:
         """Whether there is room for all that is missing of an output; asked once, by the size of its first entry."""
-        number = distributed.world_size() * self.ahead.pop(output, 0)
+        if output not in self.ahead:
+            return
+        number = distributed.world_size() * self.ahead.pop(output)
         folder = next(folder for folder in (self.cache.folder, *self.cache.folder.parents) if folder.exists())
         free = shutil.disk_usage(folder).free
         if number * encoding.nbytes > free:

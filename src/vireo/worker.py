@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from vireo import (
@@ -499,10 +500,13 @@ class Run:
 
 @contextlib.contextmanager
 def _needed(what: str) -> Iterator[None]:
-    """Around writing without which a run is not finished: a full disk, as each writer says it, is a TooManyFaults."""
+    """Around writing without which a run is not finished: a disk that refuses it is a TooManyFaults.
+
+    Other exceptions pass, since theirs is a traceback that someone has to see.
+    """
     try:
         yield
-    except Exception as error:
+    except (OSError, SafetensorError) as error:  # as Python's own files say it, and safetensors'
         raise faults.TooManyFaults(
             f"{what} could not be written: {type(error).__name__}: {error}. The final checkpoint is there: the same "
             "command writes what is lacking"
