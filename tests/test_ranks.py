@@ -83,6 +83,7 @@ def test_torchrun_on_three_machines(tmp_path):
     assert losses(the_only_folder(tmp_path / "out", 3)) == pytest.approx(losses(alone), rel=1e-5)
 
 
+@pytest.mark.full
 def test_accelerate_launch_with_ones_own_config_file(tmp_path, own):
     file = tmp_path / "accelerate.yaml"
     file.write_text(
