@@ -432,7 +432,14 @@ def project(page: Path, folder: Path) -> None:
         (folder / name).write_text(code)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CONTRIBUTING.md"], ids=name_of)
+def pages_with_commands():
+    """Those of the recipes, which train for minutes in all, are left to .ci/run and the full matrix."""
+    pages = [page for page in PAGES if page.name != "CONTRIBUTING.md"]
+    full = {"recipes": [pytest.mark.full]}
+    return [pytest.param(page, id=name_of(page), marks=full.get(page.parent.name, ())) for page in pages]
+
+
+@pytest.mark.parametrize("page", pages_with_commands())
 def test_commands_run(page, world, tmp_path):
     project(page, tmp_path)
     (tmp_path / "my_project").mkdir(exist_ok=True)
