@@ -23,8 +23,33 @@ def fail_at(step: int) -> Callable[[], None]:
     return lambda: _in_step(step, 0, lambda: 1 / 0)
 
 
+def out_of_memory_in_forward(step: int) -> Callable[[], None]:
+    """Sabotage: from a step on, memory is too little for the forward pass of more than one sample."""
+
+    def arm() -> None:
+        import torch
+
+        from vireo import training
+
+        forward, to_device = training._forward, training.to_device
+
+        def noted(*arguments):
+            noted.step = arguments[4].step
+            return forward(*arguments)
+
+        def tight(batch, device):
+            if noted.step >= step and len(batch["position"]) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory (on purpose)")
+            return to_device(batch, device)
+
+        training._forward, training.to_device = noted, tight
+
+    return arm
+
+
 def out_of_memory_in_backward(step: int) -> Callable[[], None]:
-    """Sabotage: memory runs out in the backward pass, when other processes are in its collectives."""
+    """Sabotage: from a step on, memory is too little for the backward pass of more than one sample, in whose
+    collectives other processes are."""
 
     def arm() -> None:
         import torch
@@ -35,7 +60,7 @@ def out_of_memory_in_backward(step: int) -> Callable[[], None]:
 
         def hooked(network, encoder, loss, batch, draws, strategy):
             objective = forward(network, encoder, loss, batch, draws, strategy)
-            if draws.step == step:
+            if draws.step >= step and len(batch["position"]) > 1:
                 objective.total.register_hook(_no_memory)
             return objective
 

@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 
 from tests.cogvideox import CASES, DESCRIBED, RecordedDraws, noise_schedule, reference, save_transformer
 from tests.golden.fill import fill, noise
-from vireo import config
+from vireo import config, lora, objects
 from vireo.errors import UserError
 from vireo.freezing import FreezePolicy
 from vireo.lora import FILE, LoRA
 from vireo.losses.denoising import Denoising
+from vireo.mini import world
 from vireo.models.cogvideox import CogVideoX
 from vireo.optimizers import adamw
 from vireo.randomness import seed_default
@@ -128,6 +129,33 @@ def test_the_merged_form_is_a_network_of_its_own(settings, folder, tmp_path):
     merged = CogVideoX(str(tmp_path), "fp32")
     assert merged.state_dict().keys() == CogVideoX(str(folder), "fp32").state_dict().keys()
     torch.testing.assert_close(predict(merged), predict(network), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["experiment=ip2p_video"],
+        ["experiment=diffueraser_stage1"],
+        ["experiment=diffueraser_stage2"],
+        ["experiment=taehv", r"adapter.targets='encoder\..*\.conv\.2'"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_where_an_export_is_always_whole_the_updates_are_in_it(words, tmp_path):
+    world.ensure()
+    adapter = ["adapter=lora", "freeze-policy=adapter", "adapter.rank=2", *words[1:]]
+    network, plain = (objects.network(config.settings([words[0], *more])) for more in (adapter, []))
+    fill({name: value for name, value in network.state_dict().items() if ".lora_B." in name})
+    before = {name: value.clone() for name, value in plain.state_dict().items()}
+    plain.load(network.export(tmp_path, network.state_dict())[0])
+    after, whole = plain.state_dict(), network.whole(network.state_dict())
+    assert after.keys() == whole.keys()
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert changed == {f"{layer}.weight" for layer in lora.layers(network.state_dict())}
+    for name, value in after.items():
+        torch.testing.assert_close(value, whole[name].to(value.dtype))
+    with pytest.raises(UserError, match=r"adapter\.export=lora: this network's export is always whole; say merged"):
+        objects.network(config.settings([words[0], *adapter, "adapter.export=lora"]))
 
 
 def test_the_file_is_diffusers_own(folder, tmp_path):
@@ -267,7 +295,7 @@ def test_a_short_name_of_the_output(folder):
         ({"dropout": 1.0}, r"dropout in \[0, 1\)"),
         ({"targets": ["to_q", "to_x"]}, r"to_x names none of the network's \d+ layers. They end in .*attn1.to_q"),
         ({"targets": "to_q"}, "to_q names none"),
-        ({"export": "peft"}, "export is lora, folded or merged"),
+        ({"export": "peft"}, "export is lora, folded, merged or null"),
     ],
 )
 def test_what_cannot_be_is_refused(settings, message, folder):

@@ -72,6 +72,7 @@ def run(
         log_every=log_every,
         max_consecutive_skips=skips,
         max_loss_rise=max_loss_rise,
+        room=faults.Room(Path(os.devnull).with_name("no-room")),
         bad_files=faults.BadFiles(bad_limit, bad_samples),
         stop=faults.StopRequest() if stop is None else stop,
         watchdog=Watchdog(Path(os.devnull), timeout=1e6),
@@ -220,6 +221,22 @@ def test_pieces_and_accumulation():
     torch.testing.assert_close(
         losses(run(batch_size=3, accumulation=2, loss=Large(2, step=0))[2]), losses(expected), rtol=1e-6, atol=0
     )
+
+
+def test_the_next_start_takes_pieces_that_fit(tmp_path):
+    path = tmp_path / "room.json"
+    batch = {"position": torch.arange(5), "bad": []}
+    for error, size, rows in [
+        (ValueError(), 5, None),  # nothing to do with memory
+        (torch.OutOfMemoryError(), 1, None),  # there is nothing smaller to try
+        (torch.OutOfMemoryError(), 5, 3),
+        (MemoryError(), 3, 2),
+    ]:
+        with pytest.raises(type(error)), faults.Room(path).noted(size):
+            raise error
+        assert faults.rows_that_fit(path) == rows
+    pieces = faults.Room(path).pieces(batch)
+    assert [piece["position"].tolist() for piece in pieces] == [[0, 1], [2, 3], [4]]
 
 
 def test_one_sample_that_does_not_fit_ends_the_run_with_what_helps():

@@ -15,7 +15,7 @@ import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import safetensors
 import safetensors.torch
@@ -28,7 +28,8 @@ SUFFIX = ".safetensors"
 OVERHEAD = 1024  # bytes in memory beside an entry's values: objects, names
 FEW = 4  # files that are flushed one by one
 ANOTHER = "it holds another encoding than its name says"
-LONGEST_HEADER = 2**22  # bytes: a header holds the origin, of which a prompt may be the longest part
+# Bytes: a header holds the origin, of which a prompt may be the longest part.
+USUAL_HEADER, LONGEST_HEADER = 2**12, 2**22
 
 
 class Encoder(Protocol):
@@ -121,11 +122,7 @@ class Cache:
         """Whether there is an entry of the right origin and length; thorough: and with the right checksum."""
         path = self.path(output, source)
         try:
-            with open(path, "rb") as file:
-                header = _header(file)
-                _check_origin(header, self.identities[output], source)
-                if thorough:
-                    _check_sum(header, file.read())
+            _check_origin(_whole(path) if thorough else _header(path), self.identities[output], source)
         except FileNotFoundError:
             return False
         except Damaged as damage:
@@ -206,7 +203,7 @@ def _flush(folder: Path, paths: Sequence[str]) -> None:
 
 
 def entry_path(folder: Path, key: str) -> Path:
-    return folder / key[:2] / f"{key}{SUFFIX}"
+    return folder / f"{key[:2]}/{key}{SUFFIX}"
 
 
 def entries(folder: Path) -> Iterator[Path]:
@@ -221,14 +218,11 @@ def unfinished(folder: Path) -> Iterator[Path]:
 
 def verify(path: Path) -> int:
     """Read one entry as a whole; returns its bytes. Raises Damaged if it is not what its name and checksum say."""
-    with open(path, "rb") as file:
-        header = _header(file)
-        _check_sum(header, file.read())
-        size = file.tell()
+    header = _whole(path)
     about = header["__metadata__"]
     if key(about.get("encoder", ""), about.get("source", "")) != path.stem:
         raise Damaged(ANOTHER)
-    return size
+    return path.stat().st_size
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -254,11 +248,25 @@ def _decode(data: bytes, encoder: str, source: str) -> Tensor:
         raise Damaged(f"it cannot be read ({error})") from error
 
 
-def _header(file: BinaryIO) -> dict[str, Any]:
-    """The header of an open entry, which stands at the first value then."""
-    data = file.read(8)
-    length = int.from_bytes(data, "little")
-    return _parsed(data + file.read(min(length, LONGEST_HEADER)), os.fstat(file.fileno()).st_size)[0]
+def _whole(path: Path) -> dict[str, Any]:
+    """The header of an entry whose checksum is right. Raises Damaged."""
+    data = path.read_bytes()
+    header, start = _parsed(data, len(data))
+    _check_sum(header, memoryview(data)[start:])
+    return header
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """The header of an entry of the right length. Raises Damaged. Every start asks this of tens of thousands."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        size, data = os.fstat(descriptor).st_size, os.read(descriptor, USUAL_HEADER)
+        length = 8 + int.from_bytes(data[:8], "little")
+        if length > len(data):
+            data += os.read(descriptor, min(length, LONGEST_HEADER) - len(data))
+    finally:
+        os.close(descriptor)
+    return _parsed(data, size)[0]
 
 
 def _parsed(data: bytes, size: int) -> tuple[dict[str, Any], int]:

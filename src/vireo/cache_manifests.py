@@ -101,8 +101,12 @@ def read(folder: Path) -> list[Manifest]:
 def _to_text(entries: Mapping[str, Listed]) -> str:
     encoders = sorted({one.encoder for one in entries.values()})
     numbers = {encoder: number for number, encoder in enumerate(encoders)}
-    rows = {key: [one.output, one.name, numbers[one.encoder], one.source] for key, one in sorted(entries.items())}
-    return json.dumps({"encoders": encoders, "entries": rows}, indent=0, ensure_ascii=False)
+    text = json.JSONEncoder(ensure_ascii=False).encode  # without indent it is C: there are tens of thousands
+    rows = ",\n".join(
+        f"{text(key)}: {text((one.output, one.name, numbers[one.encoder], one.source))}"
+        for key, one in sorted(entries.items())
+    )
+    return f'{{"encoders": {text(encoders)}, "entries": {{\n{rows}\n}}}}\n'
 
 
 def prune(folder: Path) -> Pruned:

@@ -289,7 +289,7 @@ def _needs_what_can_be_tried_again(settings: Mapping[str, Any]) -> str | None:
     strategy, loss = (locate(settings[node]["_target_"]) for node in ("strategy", "loss"))
     zero = settings["strategy"].get("config", {}).get("zero_optimization", {})
     if strategy.forward_is_local is False or zero.get("stage") == 3 or not loss.is_local:
-        return "other processes wait within this forward pass: they end, and start again from the checkpoint"
+        return "other processes wait within this forward pass: they end, and start again in smaller pieces"
     return None
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from vireo.run_folder import dispensable
+from vireo.run_folder import dispensable, write_json
 
 if TYPE_CHECKING:  # the launcher's parent knows exit codes and signals, and must start without torch
     from torch import Tensor
@@ -88,10 +88,12 @@ class Room:
 
     Every rank cuts in the same way, since all have learnt of it by the same vote. The gradient is the same sum, added
     up in another order. (A loss's own learner, as Seraena's, sees the pieces as batches of their own.)
+    path: a JSON file with the number that fits, if a start before this one had to end to find it out.
     """
 
-    def __init__(self) -> None:
-        self.rows: int | None = None
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows = rows_that_fit(path)
         self.retries = 0
 
     def pieces(self, batch: Mapping[str, Any]) -> deque[dict[str, Any]]:
@@ -112,6 +114,23 @@ class Room:
             log.warning("the gradient stays the same, but each step takes longer. %s", LEVERS)
         self.retries += 1
         return deque(part for piece in (first, *others) for part in self.pieces(piece))
+
+    @contextmanager
+    def noted(self, size: int) -> Iterator[None]:
+        """Where memory cannot run out for some without stranding the others (a backward pass, and the forward passes of
+        sharded networks): then this process ends, and the next start takes pieces of half as many samples as `size`."""
+        try:
+            yield
+        except BaseException as error:
+            if is_out_of_memory(error) and size > 1:
+                with dispensable("how many samples fit into memory"):
+                    write_json(self.path, {"rows": -(-size // 2)})
+            raise
+
+
+def rows_that_fit(path: Path) -> int | None:
+    """What `Room.noted` has written; None if it had no reason to."""
+    return json.loads(path.read_text())["rows"] if path.exists() else None
 
 
 LEVERS = (

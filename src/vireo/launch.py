@@ -208,6 +208,8 @@ def run(settings: dict[str, Any], overrides: Sequence[str]) -> Job:
         run_folder.write_json(folder / "overrides.json", list(overrides))
         run_folder.write_json(folder / "environment.json", run_folder.environment() | {"job": ranks.job()})
         (folder / "finished").unlink(missing_ok=True)
+        if not again:  # memory may be free that was not
+            run_folder.room_file(folder).unlink(missing_ok=True)
         print(config.banner(settings, folder), flush=True)
         if settings["size"] == "mini":
             from vireo.mini import world as mini_world  # brings numpy, which --help and --cfg can do without
@@ -285,8 +287,8 @@ def start(resolved: Path, launcher: dict[str, Any], held: int) -> int:
     """Run the workers of one resolved config to their end; returns their exit code.
 
     After a fault they are started again from the last checkpoint, `launcher.restarts` times; not after a mistake of
-    the user's or a requested stop. held: file descriptor of the run's lock, which the children inherit, so the folder
-    stays locked while one lives.
+    the user's or a requested stop. Memory that ran out does not count, as long as smaller pieces are left to try.
+    held: file descriptor of the run's lock, which the children inherit, so the folder stays locked while one lives.
     """
     if ranks.started() is not None:
         return ranks.work(resolved)
@@ -297,13 +299,21 @@ def start(resolved: Path, launcher: dict[str, Any], held: int) -> int:
             f"{gpus / count:g} times the global batch",
             flush=True,
         )
-    for attempt in range(launcher["restarts"] + 1):
-        if attempt:
-            print(f"starting again from the last checkpoint ({attempt} of {launcher['restarts']})", flush=True)
+    room = run_folder.room_file(resolved.parent)
+    fit, restarts = faults.rows_that_fit(room), 0
+    while True:
         code = _start_once(resolved, count, held, started)
         if code in (faults.EXIT_FINISHED, faults.EXIT_MISTAKE, faults.EXIT_STOPPED, faults.EXIT_INTERRUPTED):
-            break
-    return code
+            return code
+        before, fit = fit, faults.rows_that_fit(room)
+        if fit != before:
+            why = f"with {fit} samples at a time, since memory ran out with more"
+        elif restarts < launcher["restarts"]:
+            restarts += 1
+            why = f"{restarts} of {launcher['restarts']}"
+        else:
+            return code
+        print(f"starting again from the last checkpoint ({why})", flush=True)
 
 
 def _start_once(resolved: Path, count: int, held: int, started: float) -> int:

@@ -43,6 +43,7 @@ class LoRA:
     weights: a file or folder of an export to begin with; None begins with B = 0, which changes nothing.
     export: what a network's export is. "lora": the file with its scale in the header, as diffusers' own. "folded": the
         scale is multiplied into B, for readers that ignore headers. "merged": the whole network with the updates in it.
+        None: "lora" where the network's export can be an adapter's file, else "merged".
 
     Raises UserError for values that make no sense and targets that name no layer.
     """
@@ -57,15 +58,15 @@ class LoRA:
         rslora: bool = False,
         float8: bool = False,
         weights: str | None = None,
-        export: Literal["lora", "folded", "merged"] = "lora",
+        export: Literal["lora", "folded", "merged"] | None = None,
     ) -> None:
         if rank < 1 or not 0 < alpha < math.inf or not targets or not 0 <= dropout < 1:
             raise UserError(
                 "adapter: rank is at least 1, alpha above 0, dropout in [0, 1), and targets names some layers; "
                 f"got rank={rank}, alpha={alpha}, dropout={dropout}, targets={targets}."
             )
-        if export not in ("lora", "folded", "merged"):
-            raise UserError(f"adapter.export is lora, folded or merged; got {export}.")
+        if export not in (None, "lora", "folded", "merged"):
+            raise UserError(f"adapter.export is lora, folded, merged or null; got {export}.")
         self.rank, self.alpha, self.dora, self.rslora, self.float8 = rank, alpha, dora, rslora, float8
         self.targets = targets if isinstance(targets, str) else [_name(target) for target in targets]
         self.dropout, self.weights, self.form = dropout, weights, export
@@ -92,6 +93,9 @@ class LoRA:
         from peft import LoraConfig, inject_adapter_in_model
 
         self._check_targets(network)
+        self.form = self.form or ("lora" if network.exports_adapter else "merged")
+        if not (self.merges or network.exports_adapter):
+            raise UserError(f"adapter.export={self.form}: this network's export is always whole; say merged, or null.")
         config = LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,  # type: ignore[arg-type]
@@ -201,7 +205,7 @@ def published(
     lora_dropout: float = 0.0,
     target_modules: Sequence[str] | str = TARGETS,
     weights: str | None = None,
-    export: Literal["lora", "folded", "merged"] = "lora",
+    export: Literal["lora", "folded", "merged"] | None = None,
 ) -> LoRA:
     """A `LoRA` by peft's names, as published recipes spell it. Raises UserError for another adapter_type."""
     if adapter_type != "lora":

@@ -104,6 +104,11 @@ def bad_samples_file(folder: Path, rank: int) -> Path:
     return folder / "bad_samples.jsonl" if rank == 0 else folder / "logs" / f"bad_samples_{rank}.jsonl"
 
 
+def room_file(folder: Path) -> Path:
+    """Where a start that ran out of memory says how many samples the next one may take at once."""
+    return folder / "room.json"
+
+
 @contextmanager
 def dispensable(what: str) -> Iterator[None]:
     """Around writing what a run can do without: if the disk is full, that is told, and the run goes on."""

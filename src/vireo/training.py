@@ -61,6 +61,7 @@ def train(
     log_every: int,
     max_consecutive_skips: int,
     max_loss_rise: float | None,
+    room: faults.Room,
     bad_files: faults.BadFiles,
     stop: faults.StopRequest,
     watchdog: Watchdog,
@@ -82,7 +83,6 @@ def train(
     several_groups = len({group["name"] for group in optimizer.param_groups}) > 1
     verdicts = Verdicts(max_consecutive_skips, progress.skipped, record)
     spikes = faults.LossSpikes(max_loss_rise, progress.usual_loss, progress.losses_seen)
-    room = faults.Room()
     stopwatch = Stopwatch()
 
     for step in range(progress.step, steps):
@@ -106,7 +106,7 @@ def train(
                 piece = pieces.popleft()
                 size = len(piece["position"])
                 draws = Draws(seed, piece["position"], device, step)
-                with strategy.micro_step(last=micro == accumulation - 1 and not pieces):
+                with room.noted(size), strategy.micro_step(last=micro == accumulation - 1 and not pieces):
                     objective = _forward(network, encoder, loss, piece, draws, strategy)
                     agreed = distributed.vote(
                         (faults.STOP if stop else 0)
@@ -165,7 +165,7 @@ def _forward(
         return loss(network, encoder(to_device(batch, strategy.device), draws), draws)
     except torch.OutOfMemoryError:
         if distributed.world_size() > 1 and not (strategy.forward_is_local and loss.is_local):
-            raise  # other ranks wait inside their own forward pass, where no vote reaches them
+            raise  # other ranks wait inside their own forward pass, where no vote reaches them: see Room.noted
     # Here the exception, and with it everything its frames held, is gone.
     faults.give_memory_back()
     return None

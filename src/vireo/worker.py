@@ -238,6 +238,7 @@ class Run:
                 log_every=settings["logging"]["every"],
                 max_consecutive_skips=settings["faults"]["max_consecutive_skips"],
                 max_loss_rise=settings["faults"]["max_loss_rise"],
+                room=faults.Room(run_folder.room_file(self.folder)),
                 bad_files=faults.BadFiles(
                     max(1, int(self.dataset.max_bad_fraction * len(self.dataset))),
                     run_folder.bad_samples_file(self.folder, distributed.rank()),

@@ -47,6 +47,12 @@ def test_misspelt_key_added_on_the_command_line():
     assert message("++stepz=3") == "command line: stepz: there is no such key. Did you mean steps?"
 
 
+def test_a_key_below_what_is_null():
+    said = message("adapter.rank=2")
+    assert said == "command line: adapter.rank: adapter is null and has no keys; choose adapter=lora or lora_published"
+    assert message("max_hours.minutes=2").endswith("max_hours is null and has no keys")
+
+
 def test_misspelt_key_in_an_experiment_file(conf):
     line = edit(conf / "experiment/taehv.yaml", "\nsteps: ", "\nstepz: ") + 1
     assert f"conf/experiment/taehv.yaml:{line}: stepz: there is no such key. Did you mean steps?" in messages()

@@ -4,9 +4,11 @@ Hydra stops at the first mistake and names it in its own terms. So when it fails
 against a composition without types, which holds whatever the files say, and all mistakes are told together.
 """
 
+import inspect
 import os
 import re
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -49,7 +51,9 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
         words = [_in_hydras_spelling(word) for word in overrides]
         try:
             return hydra.compose(NAME, words)
-        except COMPOSE_ERRORS as error:
+        except Exception as error:
+            if not _is_about_composing(error):
+                raise
             raise UserError(report(diagnose(words, error))) from None
 
 
@@ -60,7 +64,9 @@ def problems(overrides: Sequence[str], folders: Sequence[str] = FOLDERS) -> list
         words = [_in_hydras_spelling(word) for word in overrides]
         try:
             cfg = hydra.compose(NAME, words)
-        except COMPOSE_ERRORS as error:
+        except Exception as error:
+            if not _is_about_composing(error):
+                raise
             return diagnose(words, error)
         return judge(cfg, words, folders)
 
@@ -109,11 +115,21 @@ def explain_mistakes(words: Sequence[str]) -> Iterator[None]:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and leaving the process
     try:
         yield
-    except COMPOSE_ERRORS as error:
+    except Exception as error:
+        if not _is_about_composing(error):
+            raise
         with searching(*folders):
             raise UserError(report(diagnose(arguments.overrides, error))) from None
     finally:
         del os.environ["HYDRA_FULL_ERROR"]
+
+
+def _is_about_composing(error: Exception) -> bool:
+    """Whether Hydra could not put the words together. OmegaConf asserts that no key is set below a null."""
+    if isinstance(error, AssertionError):
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        return last.filename == inspect.getfile(OmegaConf)
+    return isinstance(error, COMPOSE_ERRORS)
 
 
 def _in_hydras_spelling(word: str) -> str:
@@ -280,7 +296,8 @@ def _apply(override: Override, cfg: DictConfig) -> Iterator[Problem]:
     elif known or override.is_add() or override.is_force_add():
         OmegaConf.update(cfg, key, value, merge=True, force_add=True)
     else:
-        message = _about_argument(key, values, override) or f"there is no such key.{_near(key, values)}"
+        message = _below_null(key, values) or _about_argument(key, values, override)
+        message = message or f"there is no such key.{_near(key, values)}"
         yield Problem(key, message, COMMAND_LINE)
 
 
@@ -301,6 +318,23 @@ def _contains(tree: Any, key: str) -> bool:
         else:
             return False
     return True
+
+
+def _below_null(key: str, values: dict[str, Any]) -> str:
+    """What to say about a key of something that is null; nothing for others."""
+    node: Any = values
+    for depth, part in enumerate(parts := key.split(".")):
+        if not isinstance(node, dict) or part not in node:
+            return ""
+        node = node[part]
+        if node is None:
+            above = ".".join(parts[: depth + 1])
+            group = above.replace("_", "-")
+            if not places.is_group(group):
+                return f"{above} is null and has no keys"
+            options = GlobalHydra.instance().config_loader().get_group_options(group)
+            return f"{above} is null and has no keys; choose {group}={' or '.join(o for o in options if o != 'none')}"
+    return ""
 
 
 def _about_argument(key: str, values: dict[str, Any], override: Override) -> str:

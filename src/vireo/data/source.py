@@ -11,6 +11,8 @@ from torch import Tensor
 from vireo.digests import bytes_digest, file_digests
 from vireo.video_io import BadVideoError
 
+_to_text = json.JSONEncoder(sort_keys=True).encode  # json.dumps would make one for each of thousands of frames
+
 
 class ChangedError(BadVideoError):
     """A file that is no longer what its identity says."""
@@ -35,7 +37,7 @@ def identify(content: str, **decoding: Any) -> str:
     decoder and its version (`vireo.video_io.decoder_version`), frames, size, crop, flip. When one of them changes,
     `vireo prepare cache=status` names it.
     """
-    return json.dumps({"content": content, **decoding}, sort_keys=True)
+    return _to_text({"content": content, **decoding})
 
 
 def content_digest(path: Path) -> str:

@@ -42,6 +42,7 @@ class CogVideoX(Network):
     Raises UserError for folders that do not suit.
     """
 
+    exports_adapter = True
     positions_removed = False
 
     def __init__(
@@ -105,8 +106,7 @@ class CogVideoX(Network):
                     "them: with model.network.learned_positions=false set adapter.export=merged."
                 )
             return self.adapter.save(self, folder, state)
-        whole = state if self.adapter is None else self.adapter.merged(self, state)
-        own = saved_networks.below("transformer.", whole)
+        own = saved_networks.below("transformer.", self.whole(state))
         saved_networks.save(self.transformer, {n: v.to(self.dtype) for n, v in own.items()}, folder / "transformer")
         return [folder / "transformer"]
 

@@ -130,6 +130,7 @@ class DiffuEraser(Network):
 
         Either stage's folder can stand in the place of the published one.
         """
+        state = self.whole(state)
         unet = saved_networks.below("unet.", state)
         written = [folder / f"finetuned-stage{2 if self.moves else 1}"]
         saved_networks.save(self.unet, unet, written[0] / UNET)

@@ -20,10 +20,16 @@ class Network(nn.Module):
 
     Training calls it through its wrapper's `forward` alone, since nothing else is synchronised between processes.
 
-    adapter: what was added to it and learns in its place, if anything; `export` and `load` leave their work to it.
+    adapter: what was added to it and learns in its place, if anything. exports_adapter: whether `export` can write its
+    file, and `load` read it; else exports are `whole`.
     """
 
     adapter: "LoRA | None" = None
+    exports_adapter = False
+
+    def whole(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The full `state` as it would be named without an adapter, whose updates are in the weights."""
+        return state if self.adapter is None else self.adapter.merged(self, state)
 
     def called_in_parts(self) -> Collection[nn.Module]:
         """Modules whose parts are called one by one, their own forward never: sharding has to gather the parts."""

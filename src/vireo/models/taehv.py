@@ -292,7 +292,7 @@ class TAEHV(Network):
 
     def export(self, folder: Path, state: Mapping[str, Tensor]) -> list[Path]:
         """Write `<folder>/<variant>.safetensors`: released key names, dtypes as given, the variant in the metadata."""
-        return [taehv_weights.save(folder, self.variant.name, state)]
+        return [taehv_weights.save(folder, self.variant.name, self.whole(state))]
 
     def load(self, path: Path) -> None:
         """Take in a released or exported file, strictly; see `taehv_weights.load`."""

@@ -123,6 +123,7 @@ class VideoEditor(Network):
 
     def _write(self, folder: Path, state: Mapping[str, Tensor]) -> list[str]:
         """What an export makes itself; returns the parts that it takes over."""
+        state = self.whole(state)
         saved_networks.save(self.unet, saved_networks.below("unet.", state), folder / "unet")
         parts = ["vae", "tokenizer"]
         if self.text_encoder is None:

@@ -88,6 +88,8 @@ class WanReferences(Network):
     Raises UserError for weights that do not suit.
     """
 
+    exports_adapter = True
+
     def __init__(
         self,
         transformer: str,
@@ -233,7 +235,7 @@ class WanReferences(Network):
         learns = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
         beside: list[Path] = []
         if self.adapter is not None and (self.adapter.merges or self.export_layout == "published"):
-            whole = self.adapter.merged(self, state)
+            whole = dict(self.whole(state))
         else:
             whole = {_layers(name): value for name, value in state.items() if LORA not in name}
             learns = [name for name in learns if LORA not in name]
