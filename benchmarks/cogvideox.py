@@ -22,7 +22,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ip2p import STEPS, Some, fill, loop
+from ip2p import STEPS, Some, fill
+from loop import loading
 from paired import paired, verdict
 from vireo import config, digests, distributed, objects
 from vireo.cache import Cache
@@ -43,7 +44,9 @@ def bare(settings: dict[str, Any], dataset: Any, cache: Cache) -> Callable[[], N
     policy.train_mode(network)
     learns = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learns, lr=settings["lr"], betas=(0.9, 0.95), weight_decay=1e-4, fused=True)
-    schedule, scale = objects.loss(settings).noise_schedule, objects.encoder(settings).scaling_factor
+    loss: Any = objects.loss(settings)
+    encoder: Any = objects.encoder(settings)
+    schedule, scale = loss.noise_schedule, encoder.scaling_factor
     rows = Stream(dataset, 0, cache=cache).samples([(position, 0) for position in range(HELD)])
     moments, text = (torch.stack([row[name] for row in rows]) for name in ("video_moments", "prompt_embeds"))
 
@@ -75,7 +78,7 @@ def filled(words: list[str], folder: Path) -> tuple[dict[str, Any], Any, Any, Ca
 def steps(folder: Path, pairs: int) -> None:
     for name, words in {"LoRA": [LORA], "LoRA, checkpointed": [LORA, CHECKPOINTED], "all": [SFT]}.items():
         settings, dataset, encoder, cache = filled(words, folder)
-        ours, theirs = loop(settings, dataset, encoder, cache), bare(settings, dataset, cache)
+        ours, theirs = loading(settings, dataset, encoder, cache, STEPS), bare(settings, dataset, cache)
         for _ in range(len(dataset) // (STEPS * settings["batch_size"]) + 1):
             ours()  # an epoch, after which entries are in memory
         print(f"step with loading / bare loop, {name}   {paired(ours, theirs, pairs)}", flush=True)
@@ -90,10 +93,10 @@ def steps(folder: Path, pairs: int) -> None:
 
 def pictures(folder: Path, pairs: int) -> None:
     """Image-to-video with 8 noised encodings of each picture in the cache, and with the VAE at each step."""
-    text = loop(*filled([LORA], folder))
+    text = loading(*filled([LORA], folder), STEPS)
     for variants in (8, "null"):
         words = ["experiment=cogvideox_i2v_lora", f"model.encoder.image_variants={variants}"]
-        image = loop(*filled(words, folder))
+        image = loading(*filled(words, folder), STEPS)
         for _ in range(30 if variants == 8 else 1):
             image()
         ratio = paired(image, text, pairs)

@@ -49,7 +49,8 @@ def bare(
 
     published: encode frames and text at every step, collect garbage and empty the device's cache.
     """
-    schedule = objects.loss(settings).noise_schedule
+    loss: Any = objects.loss(settings)
+    schedule = loss.noise_schedule
     learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=settings["lr"], fused=True)
     average, decay = [parameter.detach().clone() for parameter in learning], settings["ema"]["decay"]
@@ -74,7 +75,7 @@ def bare(
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
-            torch._foreach_lerp_(average, learning, 1 - decay)
+            torch._foreach_lerp_(average, list[torch.Tensor](learning), 1 - decay)
         for _ in range(COLLECTIONS if published else 0):
             gc.collect()
             torch.cuda.empty_cache()

@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from loop import Loop
+from loop import loading
 from paired import paired, verdict
 from vireo import cache_filling, config, distributed, objects
 from vireo.cache import Cache
-from vireo.data.stream import Slices, Stream, loader
+from vireo.data.stream import Stream
 from vireo.mini import world
 
 STEPS = 5  # of one round
@@ -39,8 +39,8 @@ def arithmetic(side: int) -> None:
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     with torch.device("meta"):
-        unet = UNet2DConditionModel(in_channels=84, cross_attention_dim=768, attention_head_dim=8)
-        vae = AutoencoderKL(
+        unet: Any = UNet2DConditionModel(in_channels=84, cross_attention_dim=768, attention_head_dim=8)
+        vae: Any = AutoencoderKL(
             block_out_channels=(128, 256, 512, 512),
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
@@ -65,17 +65,11 @@ def _count(work: Callable[[], object]) -> int:
 # ------------------------------------------------------------------------------------------------------------- steps
 
 
-def loop(settings: dict[str, Any], dataset: Any, encoder: Any, cache: Cache | None) -> Loop:
-    """Rounds of the experiment's steps, loading included."""
-    stream = Stream(dataset, settings["seed"], cache=cache)
-    slices = Slices(0, 0, 10**6, settings["batch_size"], 1, 0, 1)
-    return Loop(settings, encoder, iter(loader(stream, slices, workers=0)), STEPS)
-
-
 def bare(settings: dict[str, Any], dataset: Any, cache: Cache, samples: int) -> Callable[[], None]:
     """The same step in a bare loop: encodings stacked in memory, torch's own randomness, no vote, no guard."""
     network, batch_size = objects.network(settings), settings["batch_size"]
-    schedule = objects.loss(settings).noise_schedule
+    loss: Any = objects.loss(settings)
+    schedule = loss.noise_schedule
     optimizer = torch.optim.AdamW(network.parameters(), lr=settings["lr"], fused=True)
     average = [parameter.detach().clone() for parameter in network.parameters()]
     rows = Stream(dataset, 0, cache=cache).samples([(position, 0) for position in range(samples)])
@@ -175,8 +169,8 @@ def main() -> None:
     preparation(256, max(pairs // 6, 3), clips=2)
     with tempfile.TemporaryDirectory() as folder:
         cache = warm_start(settings, dataset, Path(folder))
-        cached = loop(settings, dataset, encoder, cache)
-        uncached = loop(settings, dataset, encoder, None)
+        cached = loading(settings, dataset, encoder, cache, STEPS)
+        uncached = loading(settings, dataset, encoder, None, STEPS)
         print(f"step cached / uncached   {paired(cached, uncached, max(pairs // 6, 2), warmup=1)}", flush=True)
         for _ in range(len(dataset) // (STEPS * settings["batch_size"]) + 1):
             cached()  # an epoch, after which entries are in memory

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from vireo import config, report, run_folder
 from vireo.mini import world
@@ -92,7 +93,8 @@ def constant(words: list[str]) -> float:
     from vireo import objects
     from vireo.losses.denoising import GRID
 
-    kept = objects.loss(config.settings(words)).noise_schedule.alphas_cumprod
+    loss: Any = objects.loss(config.settings(words))
+    kept = loss.noise_schedule.alphas_cumprod
     return sum(float(kept[len(kept) * percent // 100]) for percent in GRID) / len(GRID)
 
 

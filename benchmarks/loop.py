@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from vireo import faults, objects
+from vireo.cache import Cache
+from vireo.data.stream import Slices, Stream, loader
 from vireo.ema import ExponentialMovingAverage
 from vireo.hangs import Watchdog
 from vireo.strategies.replicated import Replicated
@@ -46,6 +48,7 @@ class Loop:
             log_every=10,
             max_consecutive_skips=10,
             max_loss_rise=None,
+            room=faults.Room(Path(os.devnull).with_name("no-room")),
             bad_files=faults.BadFiles(1, Path(os.devnull)),
             stop=faults.StopRequest(),
             watchdog=Watchdog(Path(os.devnull), timeout=1e6),
@@ -55,3 +58,11 @@ class Loop:
         ).step
         for group, rate in zip(self.optimizer.param_groups, base, strict=True):
             group["lr"] = rate  # the loop takes what it finds for the base rate
+
+
+def loading(settings: dict[str, Any], dataset: Any, encoder: Any, cache: Cache | None, steps: int) -> Loop:
+    """Rounds with loading in them, in this process."""
+    slices = Slices(0, 0, 10**6, settings["batch_size"], 1, 0, 1)
+    return Loop(
+        settings, encoder, iter(loader(Stream(dataset, settings["seed"], cache=cache), slices, workers=0)), steps
+    )

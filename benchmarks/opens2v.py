@@ -23,7 +23,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ip2p import STEPS, Loop
+from ip2p import STEPS
+from loop import loading
 from paired import paired, verdict
 from vireo import cache_filling, config, distributed, objects
 from vireo.cache import Cache
@@ -132,7 +133,7 @@ def steps(pairs: int) -> None:
         cache = Cache.of(encoder, Path(folder))
         batch_size = settings["cache"]["batch_size"]
         cache_filling.fill(cache, {"train": dataset}, encoder, "benchmark", batch_size=batch_size)
-        cached = Loop(settings, dataset, encoder, cache)
+        cached = loading(settings, dataset, encoder, cache, STEPS)
         for _ in range(len(dataset) // (STEPS * settings["batch_size"]) + 1):
             cached()  # an epoch, after which entries are in memory
         rows = Stream(dataset, 0, cache=cache).samples([(position, 0) for position in range(len(dataset))])

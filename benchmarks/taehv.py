@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +54,7 @@ def decoding(mode: str, side: int) -> tuple[Callable[[], None], Callable[[], Non
     """A decode of the whole clip in this mode, and a very small one that makes torch load what it needs."""
     torch.manual_seed(0)
     network = TAEHV("taew2_1")
+    kind: Any
     kind, _, chunk = mode.partition(" ")
 
     @torch.no_grad()
@@ -101,7 +103,8 @@ def ours(side: int) -> tuple[Callable[[], None], Callable[[], tuple[int, int]]]:
     loop = Loop(settings, NoEncoder(), batches(side), 1)
 
     def replay() -> tuple[int, int]:
-        ring = loop.loss.seraena.replay
+        loss: Any = loop.loss
+        ring = loss.seraena.replay
         held = ring.fakes.nbytes + ring.contexts.nbytes
         return held, held
 

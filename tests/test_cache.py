@@ -33,6 +33,9 @@ def test_values_come_back_as_they_were(store, dtype, shape):
     back = store.read("moments", "a")
     assert back.dtype == dtype and torch.equal(back, value)
     assert store.holds("moments", "a") and store.holds("moments", "a", thorough=True)
+    wanted = {store.key("moments", source): New("moments", source, value) for source in "ab"}
+    for thorough in (False, True):
+        assert [one.source for one in store.missing(wanted, thorough).values()] == ["b"]
 
 
 def test_what_is_a_view_is_written_as_its_own_values(store):

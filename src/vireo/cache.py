@@ -15,7 +15,7 @@ import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import safetensors
 import safetensors.torch
@@ -38,6 +38,18 @@ class Encoder(Protocol):
     outputs: dict[str, str]
 
     def identity(self, output: str) -> str: ...
+
+
+class Asked(Protocol):
+    """An encoding that somebody wants: an encoder's output, for a source identity."""
+
+    @property
+    def output(self) -> str: ...
+    @property
+    def source(self) -> str: ...
+
+
+A = TypeVar("A", bound=Asked)
 
 
 class Damaged(Exception):
@@ -120,7 +132,14 @@ class Cache:
 
     def holds(self, output: str, source: str, thorough: bool = False) -> bool:
         """Whether there is an entry of the right origin and length; thorough: and with the right checksum."""
-        path = self.path(output, source)
+        return self._holds(self.key(output, source), output, source, thorough)
+
+    def missing(self, entries: Mapping[str, A], thorough: bool = False) -> dict[str, A]:
+        """Of entries by key those that it does not hold; there may be many."""
+        return {key: one for key, one in entries.items() if not self._holds(key, one.output, one.source, thorough)}
+
+    def _holds(self, key: str, output: str, source: str, thorough: bool) -> bool:
+        path = f"{self.folder}/{_place(key)}"
         try:
             _check_origin(_whole(path) if thorough else _header(path), self.identities[output], source)
         except FileNotFoundError:
@@ -203,7 +222,11 @@ def _flush(folder: Path, paths: Sequence[str]) -> None:
 
 
 def entry_path(folder: Path, key: str) -> Path:
-    return folder / f"{key[:2]}/{key}{SUFFIX}"
+    return folder / _place(key)
+
+
+def _place(key: str) -> str:
+    return f"{key[:2]}/{key}{SUFFIX}"
 
 
 def entries(folder: Path) -> Iterator[Path]:
@@ -248,15 +271,15 @@ def _decode(data: bytes, encoder: str, source: str) -> Tensor:
         raise Damaged(f"it cannot be read ({error})") from error
 
 
-def _whole(path: Path) -> dict[str, Any]:
+def _whole(path: str | Path) -> dict[str, Any]:
     """The header of an entry whose checksum is right. Raises Damaged."""
-    data = path.read_bytes()
+    data = Path(path).read_bytes()
     header, start = _parsed(data, len(data))
     _check_sum(header, memoryview(data)[start:])
     return header
 
 
-def _header(path: Path) -> dict[str, Any]:
+def _header(path: str) -> dict[str, Any]:
     """The header of an entry of the right length. Raises Damaged. Every start asks this of tens of thousands."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -151,8 +151,8 @@ def _fill(
     hashless: list[str] = []
     entries = _on_all_ranks(partial(_listed_first, cache, datasets, name, hashless))
     rank, world = distributed.rank(), distributed.world_size()
-    mine = [one for key, one in entries.items() if int(key[:8], 16) % world == rank]
-    missing = _on_all_ranks(lambda: [one for one in mine if not cache.holds(one.output, one.source, thorough)])
+    mine = {key: one for key, one in entries.items() if int(key[:8], 16) % world == rank}
+    missing = list(_on_all_ranks(partial(cache.missing, mine, thorough)).values())
     total = sum(distributed.gather(len(missing)))
     if not total:
         return Filled(len(entries), 0, hashless)

@@ -107,6 +107,7 @@ def initialize_from(network: Network, source: checkpoint.Checkpoint | Path) -> N
     A checkpoint holds what learnt; what it leaves out has to be in the network as it was beside it. `requires_grad` is
     that of the checkpoint's run afterwards. Raises UserError for what does not fit.
     """
+    network.initialized = True
     if isinstance(source, Path):
         network.load(source)
         log.info("weights from %s", source)

@@ -101,8 +101,6 @@ def test_video_inpainting_is_trained_as_published(full):
         assert stage["data"]["repeat"] == {"davis": 10, "ytvos": 1} and stage["data"]["prompt"] == "clean background"
         judged = stage["validation"]["metric"], stage["validation"]["higher_is_better"]
         assert stage["data"]["annotations"] and judged == ("loss", False), "the truth in an object's hole is the object"
-    alone = config.settings([*full, "experiment=diffueraser_stage2", "init_from=."])
-    assert alone["model"]["network"]["init_from"] == "."
     small = config.settings(["experiment=diffueraser_stage2"])
     assert not small["data"]["annotations"] and small["validation"]["metric"] == "hole_psnr"
     assert small["validation"]["higher_is_better"]

@@ -42,8 +42,6 @@ class DiffuEraser(Network):
     brushnet_init: "released", or "from_unet": a copy of the UNet whose output is zero.
     motion_init: "none" for a UNet that sees single frames, "adapter", or "released" (the published fine-tuned ones).
     gradient_checkpointing: compute each layer twice in exchange for most of the activations' memory.
-    init_from: what `load` will be given, if anything: new motion modules in a UNet that no first stage has trained are
-        warned of.
 
     All weights are float32; lower precision is autocast's affair. Raises UserError for folders that do not suit.
     """
@@ -57,7 +55,6 @@ class DiffuEraser(Network):
         brushnet_init: Literal["released", "from_unet"] = "released",
         motion_init: Literal["none", "adapter", "released"] = "none",
         gradient_checkpointing: bool = False,
-        init_from: str | None = None,
     ) -> None:
         super().__init__()
         for name, value, known in (
@@ -67,7 +64,7 @@ class DiffuEraser(Network):
         ):
             if value not in known:
                 raise UserError(f"model.network.{name} is one of {', '.join(known)}; got {value!r}.")
-        self.gradient_checkpointing = gradient_checkpointing
+        self.gradient_checkpointing, self.motion_init = gradient_checkpointing, motion_init
         unet = _spatial(_find(released, UNET, "released") if unet_init == "released" else _find(base, "unet", "base"))
         if brushnet_init == "from_unet":
             self.brushnet = BrushNetModel.from_unet(unet)
@@ -77,11 +74,6 @@ class DiffuEraser(Network):
         if motion_init == "adapter":
             part = _find(motion_adapter, ADAPTER, "motion_adapter")
             self.unet = _with_motion(unet, part.config, saved_networks.tensors(part), part.folder)
-            if init_from is None:
-                log.warning(
-                    "stage 2 starts from a UNet and a BrushNet that no stage 1 of yours has trained: say "
-                    "init_from=<stage 1's run or export>, or experiment=diffueraser, which trains both"
-                )
         elif motion_init == "released":
             part = _find(released, UNET, "released")
             motion = _motion(saved_networks.tensors(part))
@@ -124,6 +116,15 @@ class DiffuEraser(Network):
 
     def called_in_parts(self) -> list[nn.Module]:
         return [block for net in (self.unet, self.brushnet) for block in (*net.down_blocks, *net.up_blocks)]
+
+    def check_trained(self) -> None:
+        """As for every network; and new motion modules in a UNet that no first stage has trained are warned of."""
+        super().check_trained()
+        if self.motion_init == "adapter" and not self.initialized:
+            log.warning(
+                "stage 2 starts from a UNet and a BrushNet that no stage 1 of yours has trained: say "
+                "init_from=<stage 1's run or export>, or experiment=diffueraser, which trains both"
+            )
 
     def export(self, folder: Path, state: Mapping[str, Tensor]) -> list[Path]:
         """`finetuned-stage1/{unet_main,brushnet}`, or, with motion modules, `finetuned-stage2/…` and `motion_adapter`.

@@ -21,10 +21,11 @@ class Network(nn.Module):
     Training calls it through its wrapper's `forward` alone, since nothing else is synchronised between processes.
 
     adapter: what was added to it and learns in its place, if anything. exports_adapter: whether `export` can write its
-    file, and `load` read it; else exports are `whole`.
+    file, and `load` read it; else exports are `whole`. initialized: whether it begins with weights of `init_from`.
     """
 
     adapter: "LoRA | None" = None
+    initialized = False
     exports_adapter = False
 
     def whole(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -47,7 +48,7 @@ class Network(nn.Module):
         return ()
 
     def check_trained(self) -> None:
-        """Refuse a choice of what learns that makes no sense, once it is made. Raises UserError."""
+        """Refuse (UserError) a choice of what learns that makes no sense, once it is made, or warn of it."""
         parts = [parameter for name, parameter in self.named_parameters() if LORA in name]
         if self.adapter is not None and not any(parameter.requires_grad for parameter in parts):
             raise UserError(

@@ -85,7 +85,7 @@ def _status(settings: dict[str, Any]) -> int:
     _, datasets, cache = _made(settings)
     thorough = settings["cache"]["verify"] == "bytes"
     entries = cache_filling.wanted(cache, datasets)
-    missing = {key: one for key, one in entries.items() if not cache.holds(one.output, one.source, thorough)}
+    missing = cache.missing(entries, thorough)
     manifests = cache_manifests.read(cache.folder)
     rows = []
     for output in sorted({one.output for one in entries.values()}):
