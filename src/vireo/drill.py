@@ -242,6 +242,27 @@ def _take_memory() -> None:
     _at_step(AT, lambda: here.update(step=AT))
 
 
+def _take_memory_in_backward() -> None:
+    """Memory runs out in a backward pass of the last rank, when others are in its collectives."""
+    import torch
+
+    from vireo import distributed, training
+
+    forward = training._forward
+
+    def full(gradient: Any) -> None:
+        raise torch.OutOfMemoryError("out of memory (a drill)")
+
+    def hooked(network: Any, encoder: Any, loss: Any, batch: Any, draws: Any, strategy: Any) -> Any:
+        objective = forward(network, encoder, loss, batch, draws, strategy)
+        is_last = distributed.rank() == distributed.world_size() - 1
+        if objective is not None and draws.step == AT and is_last and len(batch["position"]) > 1:
+            objective.total.register_hook(full)
+        return objective
+
+    training._forward = hooked
+
+
 def _break_a_file() -> None:
     """One entry cannot be read, the first time that it is asked for."""
     from vireo.data.stream import Stream
@@ -281,9 +302,13 @@ def _damage_the_newest(folder: Path) -> None:
     newest.write_bytes(data)
 
 
+def _needs_samples(settings: Mapping[str, Any]) -> str | None:
+    return "batch_size is 1, there is nothing smaller to try" if settings["batch_size"] < 2 else None
+
+
 def _needs_what_can_be_tried_again(settings: Mapping[str, Any]) -> str | None:
-    if settings["batch_size"] < 2:
-        return "batch_size is 1, there is nothing smaller to try"
+    if too_few := _needs_samples(settings):
+        return too_few
     if settings["launcher"]["processes"] == 1:
         return None
     strategy, loss = (locate(settings[node]["_target_"]) for node in ("strategy", "loss"))
@@ -326,6 +351,14 @@ FAULTS = (
         then="close",
         needs=_needs_what_can_be_tried_again,
         figure="memory_retries",
+    ),
+    Fault(
+        "memory-backward",
+        f"one process has none left in the backward pass of step {AT}",
+        _take_memory_in_backward,
+        faults.EXIT_FAULT,
+        then="close",
+        needs=_needs_samples,
     ),
     Fault(
         "bad-file",
