@@ -48,7 +48,7 @@ class Loop:
             log_every=10,
             max_consecutive_skips=10,
             max_loss_rise=None,
-            room=faults.Room(Path(os.devnull).with_name("no-room")),
+            room=faults.Room(Path(os.devnull, "none")),
             bad_files=faults.BadFiles(1, Path(os.devnull)),
             stop=faults.StopRequest(),
             watchdog=Watchdog(Path(os.devnull), timeout=1e6),

@@ -72,7 +72,7 @@ def run(
         log_every=log_every,
         max_consecutive_skips=skips,
         max_loss_rise=max_loss_rise,
-        room=faults.Room(Path(os.devnull).with_name("no-room")),
+        room=faults.Room(Path(os.devnull, "none")),
         bad_files=faults.BadFiles(bad_limit, bad_samples),
         stop=faults.StopRequest() if stop is None else stop,
         watchdog=Watchdog(Path(os.devnull), timeout=1e6),
