@@ -301,7 +301,7 @@ def test_pairs_that_name_another_mask_than_they_say_are_left_out_and_told(root, 
     assert about["with a reference from another clip (6)"].startswith("2 clips")
     told = ["mask 2 of mini/0000_part2_step1-0-21_step2-0-21 is 'thing', not 'dog'"]
     told += ["mini/0001_part1_step1-0-21_step2-0-21 has no mask 7"]
-    assert about["pairs left out (6)"] == told
+    assert about["masks that pairs are wrong about (6)"] == told
     (fault,) = made.faults()
     report = SubjectClips.prepare(root, pairs=folder)
     assert all(line in fault and line in report for line in told)

@@ -197,7 +197,7 @@ class SubjectClips:
         }
         if self.pairs is not None:
             about[f"with a reference from another clip ({len(some)})"] = f"{paired} clips; the others show themselves"
-            about[f"pairs left out ({len(some)})"] = list(wrong)
+            about[f"masks that pairs are wrong about ({len(some)})"] = list(wrong)
         return about
 
     def faults(self) -> list[str]:
