@@ -127,6 +127,13 @@ def test_a_network_adds_figures_of_its_own(monkeypatch):
     assert figures[1]["gate"] > 0 and "grad_norm_default" not in figures[1]
 
 
+def test_a_figure_of_which_nothing_is_known_is_left_out(monkeypatch):
+    known = iter([math.nan, 2.0])
+    monkeypatch.setattr(Denoise, "end_step", lambda self: {"late": torch.tensor(next(known))})
+    figures = run(steps=2)[2]
+    assert "late" not in figures[1] and figures[2]["late"] == 2.0
+
+
 def test_a_step_without_a_finite_gradient_moves_nothing():
     states = {}
 

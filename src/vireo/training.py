@@ -6,6 +6,7 @@ decided by all ranks together (faults.py).
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -132,7 +133,7 @@ def train(
         by_group = strategy.group_norms() if logged and several_groups else {}
         norm = strategy.step(max_grad_norm)
         average.update(step, torch.isfinite(norm))
-        figures |= loss.end_step()
+        of_step = loss.end_step()
         # ----------------------------------------------------------------
 
         stopwatch.steps += 1
@@ -141,7 +142,9 @@ def train(
         # is free, or done anyway, a checkpoint knows its own step's verdict too.
         verdicts.add(step, norm, figures, samples, at_once=logged or device.type == "cpu")
         if logged:
-            means = _means({**figures, **strategy.network.figures()})
+            means = _means({**figures, **of_step, **strategy.network.figures()})
+            for name in [name for name in of_step if math.isnan(means[name])]:
+                del means[name]  # nothing is known of it yet, on any rank
             norms = {"grad_norm": norm, **{f"grad_norm_{group}": value for group, value in by_group.items()}}
             state = {"lr": optimizer.defaults["lr"] * rate, **{name: float(value) for name, value in norms.items()}}
             counts = {"skipped_steps": verdicts.skipped, "bad_files": len(bad_files), "memory_retries": room.retries}

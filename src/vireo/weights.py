@@ -124,4 +124,5 @@ def initialize_from(network: Network, source: checkpoint.Checkpoint | Path) -> N
             "like were not the same there. Start from an export, which has all that is needed: `vireo export "
             f"run={source.folder.parent.parent} step={source.step}`, and init_from=<the folder that it names>."
         )
+    network.begin_with(stored.keys(), lambda: {**source.tensors("network"), **source.tensors("ema")})
     log.info("weights from %s%s", source.folder, " (averaged)" if average else "")

@@ -191,6 +191,22 @@ def test_names_and_places_of_runs(tmp_path):
     assert "Did you mean model.network.variant?" in message("allow_changes=[model.network.varian]")
 
 
+def test_files_of_weights_that_are_not_there(tmp_path):
+    words = ("experiment=opens2v_longlive", f"model.network.generator={tmp_path}/base.pt")
+    assert f"model.network.generator: is '{tmp_path}/base.pt', which does not exist" in message(*words)
+    (tmp_path / "base.pt").touch()
+    assert messages(*words) == []
+    assert "adapter.weights: is 'none.safetensors', which does not exist" in message(
+        "experiment=opens2v_wan", "adapter=lora", "adapter.weights=none.safetensors"
+    )
+
+
+def test_a_weight_of_the_subject_without_its_mask():
+    words = ("experiment=opens2v_wan", "loss.subject_weight=2")
+    assert "loss.subject_weight: is 2, and without data.subject_mask=true" in message(*words)
+    assert messages(*words, "data.subject_mask=true") == []
+
+
 def test_several_values_without_a_sweep():
     assert "-m tries each in turn" in message("seed=1,2")
     assert """Put text in quotes: 'resume="a=b"'""" in message("resume=a=b")

@@ -74,6 +74,10 @@ def test_the_source_video(key, name):
         ({"path": ""}, "no path"),
         ({"face_cut": [9, 9]}, r"face_cut is \[9, 9\]"),
         ({"face_cut": ["a", "b"]}, "face_cut is"),
+        ({"face_cut": [0, float("inf")]}, r"face_cut is \[0, inf\]"),
+        ({"crop": [0, float("nan"), 0, 9]}, r"crop is \[0, nan, 0, 9\]"),
+        ({"face_cut": [0, 10**400]}, "not built as"),
+        ({"fps": float("inf")}, "fps is inf"),
         ({"crop": [0, 5, 9, 3]}, r"crop is \[0, 5, 9, 3\], expected x0, x1, y0, y1"),
         ({"crop": 5}, "not built as"),
         ({"face_cap_qwen": "", "cap": []}, "no caption"),
@@ -82,6 +86,26 @@ def test_the_source_video(key, name):
 def test_what_makes_no_sense_is_told(metadata, says):
     with pytest.raises(ValueError, match=says):
         parse("k", entry(**metadata))
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "says"),
+    [
+        (("ann_frame_data", "ann_frame_idx"), -5, "ann_frame_idx is -5"),
+        (("ann_frame_data", "ann_frame_idx"), float("inf"), "not built as"),
+        (("mask_annotation", "5", "1", "size"), [float("inf"), 10], "not built as"),
+        (("face_bbox", "5", "face", 0, "box", "x1"), float("inf"), "face_bbox"),
+    ],
+    ids=lambda x: ".".join(map(str, x)) if isinstance(x, tuple) else None,
+)
+def test_numbers_of_an_annotation_that_make_no_sense_are_told(place, value, says):
+    changed = entry()
+    holder = changed["annotation"]
+    for name in place[:-1]:
+        holder = holder[name]
+    holder[place[-1]] = value
+    with pytest.raises(ValueError, match=says):
+        parse("k", changed)
 
 
 @pytest.mark.parametrize("value", [None, [], {"metadata": {}}, {"metadata": {"path": "a"}}])

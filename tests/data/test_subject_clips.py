@@ -42,8 +42,9 @@ def changed(root, tmp_path):
     """Makes a folder with the same videos, and annotations that a function has changed in place."""
 
     def make(change):
-        (tmp_path / "demo_result/step5/merge_final_json").mkdir(parents=True)
-        (tmp_path / "demo_result/step0").symlink_to(root / "demo_result/step0")
+        (tmp_path / "demo_result/step5/merge_final_json").mkdir(parents=True, exist_ok=True)
+        if not (tmp_path / "demo_result/step0").exists():
+            (tmp_path / "demo_result/step0").symlink_to(root / "demo_result/step0")
         entries = json.loads((root / ANNOTATIONS).read_text())
         for key, entry in entries.items():
             change(key, entry)
@@ -182,6 +183,11 @@ def test_entries_that_cannot_be_used_are_left_out_and_told(changed, caplog):
     assert len(made.describe()["left_out"]) == len(made.faults()) == 4
 
 
+def test_a_number_without_an_end_leaves_out_its_entry_alone(changed, caplog):
+    made = clips(changed(lambda key, e: e["metadata"].update(face_cut=[0, float("inf")]) if key[:4] == "0000" else 0))
+    assert len(made) == 4 and "face_cut is [0, inf]" in caplog.text
+
+
 def test_masks_that_are_none_are_faults_and_bad_samples(changed):
     def spoil(key, entry):
         entry["annotation"]["mask_annotation"]["0"]["2"]["counts"] = "04"
@@ -252,13 +258,14 @@ def test_a_partner_may_be_in_another_file_and_brings_its_own_subject(root, tmp_p
 
     def of(*parts):
         files = {"annotations": [f"{part}.json" for part in parts], "videos": [str(root / VIDEOS)] * len(parts)}
-        return clips(tmp_path, pairs="pairs", allow_outside_root=True, **files)
+        everything = {"no_background": False, "subject_area": None}
+        return clips(tmp_path, pairs="pairs", allow_outside_root=True, **files, **everything)
 
     both, alone = of("a", "b"), of("a")
     shown = [both.sample(0, draws(position))["references"][0].name for position in range(12)]
     assert set(shown) == {f"b/{video}_part8, mask 2", f"b/{video}_part9, mask 1"}
     assert both.sample(1, draws())["references"][0].name == f"a/{first}, mask 2"
-    assert both.describe()["with a reference from another clip (3)"] == "2 clips; the others show themselves"
+    assert both.describe()["with a reference from another clip (3)"] == "3 clips; the others show themselves"
     assert alone.sample(0, draws())["references"][0].name == f"a/{first}, mask 2"
     assert alone.describe()["with a reference from another clip (1)"] == "0 clips; the others show themselves"
 
@@ -273,6 +280,74 @@ def test_without_a_pair_it_is_from_the_clip_itself(root, tmp_path):
         clips(root, pairs=str(tmp_path / "none"))
 
 
+def paired(folder, root, change):
+    """A folder with the pairs of a root, of which a function has changed those of each cluster, by its number."""
+    (folder / "final_output").mkdir(parents=True)
+    for number, file in enumerate(sorted((root / PAIRS / "final_output").glob("*.json"))):
+        listed = json.loads(file.read_text())
+        change(number, listed)
+        (folder / "final_output" / file.name).write_text(json.dumps(listed))
+    return str(folder)
+
+
+def test_pairs_that_name_another_mask_than_they_say_are_left_out_and_told(root, tmp_path):
+    """Of three clusters the pair of one says that mask 2 is a dog; of another it names a mask that is not there."""
+    wrong = ({"aft_class_name": "dog"}, {"cur_class_id": "7"}, {})
+    folder = paired(tmp_path, root, lambda number, listed: listed[0].update(wrong[number]))
+    made = clips(root, pairs=folder)
+    samples = [made.sample(index, draws()) for index in range(6)]
+    assert [s["name"] in s["references"][0].name for s in samples] == [True] * 4 + [False] * 2
+    about = made.describe()
+    assert about["with a reference from another clip (6)"].startswith("2 clips")
+    told = ["mask 2 of mini/0000_part2_step1-0-21_step2-0-21 is 'thing', not 'dog'"]
+    told += ["mini/0001_part1_step1-0-21_step2-0-21 has no mask 7"]
+    assert about["masks that pairs are wrong about (6)"] == told
+    (fault,) = made.faults()
+    report = SubjectClips.prepare(root, pairs=folder)
+    assert all(line in fault and line in report for line in told)
+    assert "3 pairs, 1 of them usable" in report and "2 left out" in report
+    assert clips(root, pairs=PAIRS).faults() == []
+
+
+@pytest.mark.parametrize("unfit", ["gme_score", "background", "area"])
+def test_filters_apply_to_the_picture_of_another_clip(root, changed, unfit):
+    def spoil(key, entry):
+        if "_part2" not in key:
+            return
+        if unfit == "gme_score":
+            entry["annotation"]["ann_frame_data"]["annotations"][1]["gme_score"] = 0.1
+        elif unfit == "background":
+            entry["word_tags"]["background"] = ["thing"]
+        else:
+            small = np.zeros((64, 64), bool)
+            small[:2, :2] = True
+            entry["annotation"]["mask_annotation"]["0"]["2"]["counts"] = rle.encode(small)
+
+    made = clips(changed(spoil), pairs=str(root / PAIRS))
+    assert made.sample(0, draws())["references"][0].name == "mini/0000_part1_step1-0-21_step2-0-21, mask 2"
+    assert made.describe()["with a reference from another clip (6)"].startswith("0 clips")
+
+
+def test_no_picture_of_another_clip_is_shown_twice(root, changed, tmp_path):
+    """Two subjects of each first clip have one partner, which a sample shows once, and one of them itself."""
+
+    def halve(key, entry):
+        mask = rle.decode(entry["annotation"]["mask_annotation"]["0"]["2"]["counts"], 64, 64)
+        left = mask & (np.arange(64) < np.flatnonzero(mask.any(0)).mean())
+        for number, half in (("2", left), ("3", mask & ~left)):
+            entry["annotation"]["mask_annotation"]["0"][number] = {"size": [64, 64], "counts": rle.encode(half)}
+        entry["annotation"]["mask_map"]["3"] = {"class_name": "thing"}
+        entry["annotation"]["ann_frame_data"]["annotations"].append({"gme_score": 0.4, "aes_score": 4.0})
+
+    folder = paired(tmp_path / "pairs", root, lambda _, listed: listed.append({**listed[0], "cur_class_id": "3"}))
+    plain = {"subject_area": None, "max_subjects_per_sample": 2, "pairs": folder}
+    for overlap in (0.8, None):
+        made = clips(changed(halve), max_overlap=overlap, **plain)
+        shown = made.sample(0, draws())["references"]
+        assert {source.name.split("_step")[0][-5:] for source in shown} == {"part1", "part2"}
+        assert {source.identity for source in shown} <= {source.identity for source in made.sources(0)["references"]}
+
+
 # ------------------------------------------------------------------ what can be cached
 
 
@@ -280,7 +355,8 @@ def test_without_a_pair_it_is_from_the_clip_itself(root, tmp_path):
     "arguments",
     [
         {"windows": 3},
-        {"windows": 2, "subject_selection": "random", "no_background": False, "max_subjects_per_sample": 2},
+        {"windows": 2, "subject_selection": "random", "no_background": False, "max_subjects_per_sample": 2}
+        | {"max_overlap": None},
         {"windows": 1, "pairs": PAIRS},
         {"split": "validation", "held_out": 0.5},
     ],
@@ -297,6 +373,18 @@ def test_sources_are_all_that_samples_ask_for(root, arguments):
             asked[field] |= {source.identity for source in sample[field]}
     assert asked == listed
     assert None not in listed["frames"] and made.sources(0)["prompt"] == [sample["prompt"]]
+
+
+def test_of_subjects_that_overlap_all_are_listed_that_a_draw_may_choose(changed):
+    def double(key, entry):
+        entry["annotation"]["mask_annotation"]["0"]["3"] = entry["annotation"]["mask_annotation"]["0"]["2"]
+        entry["annotation"]["mask_map"]["3"] = {"class_name": "thing"}
+        entry["annotation"]["ann_frame_data"]["annotations"].append({"gme_score": 0.4, "aes_score": 4.0})
+
+    made = clips(changed(double), subject_selection="random", max_subjects_per_sample=2)
+    asked = {s.identity for position in range(12) for s in made.sample(0, draws(position))["references"]}
+    assert len(asked) == 3, "two masks of one thing, and white"
+    assert asked == {source.identity for source in made.sources(0)["references"]}
 
 
 def test_a_clip_that_is_shown_whole_can_be_cached_without_windows(root):

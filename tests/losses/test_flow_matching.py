@@ -130,6 +130,13 @@ def test_errors_inside_the_subject_count_more():
     assert torch.equal(objective(Given(), data, draws).total, plain)
 
 
+def test_a_weight_of_the_subject_needs_its_mask():
+    data = batch()
+    del data["subject_mask"]
+    with pytest.raises(UserError, match=r"data\.subject_mask=true"):
+        loss(subject_weight=2.0)(Given(), data, Draws(0, [0, 1]))
+
+
 def test_dropped_references_are_masked_out():
     network, data = Given(), batch(200)
     objective = loss(condition_dropout=0.1, image_inputs=["reference_mask"])

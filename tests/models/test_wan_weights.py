@@ -8,11 +8,13 @@ from safetensors.torch import load_file, save_file
 from tests import wan
 from tests.wan import KEY_MAP, golden, inputs, native_state, network
 
+from vireo.checkpoint import Checkpoint
 from vireo.errors import UserError
 from vireo.freezing import FreezePolicy
 from vireo.lora import LoRA
 from vireo.models import wan_weights
 from vireo.models.wan_references import is_new
+from vireo.weights import frozen_digest, initialize_from, trained_state
 
 BASE, DUAL = golden("wan_base"), golden("wan_dual")
 T_BATCH = torch.tensor(BASE[0]["inputs"]["t_batch"])
@@ -38,6 +40,9 @@ def half(folder):
     made = network(folder, dtype="bf16")
     FreezePolicy([NEW_MODULES])(made)
     return made
+
+
+FUSED = ("to_k.weight", "to_k.bias", "to_v.weight", "to_v.bias", "norm_k.weight")
 
 
 def predicted(made, **more):
@@ -203,6 +208,42 @@ class TestExport:
         again.load(file)
         assert torch.equal(again.transformer.blocks[1].attn2.to_k.weight, made.transformer.blocks[1].attn2.to_k.weight)
 
+    @pytest.mark.parametrize("source", ["export", "checkpoint", "published"])
+    def test_what_was_trained_before_stays_in_the_exports_of_who_goes_on(self, folder, tmp_path, source):
+        """First the fused path learns as well, then only the new modules do."""
+        made = _on_base(folder)
+        FreezePolicy([NEW_MODULES, r"attn2\.(to_k|to_v|norm_k)\."])(made)
+        with torch.no_grad():
+            for parameter in made.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.01)
+        if source == "export":
+            made.export(tmp_path, made.state_dict())
+            begins = tmp_path
+        elif source == "checkpoint":
+            save_file(trained_state(made, made.state_dict()), tmp_path / "network.safetensors")
+            begins = Checkpoint(tmp_path, 1, {"frozen": frozen_digest(made)})
+        else:
+            begins = wan_weights.save_published(tmp_path / "model.pt", _inners(made))
+        second = network(folder)
+        initialize_from(second, begins)
+        FreezePolicy([NEW_MODULES])(second)
+        (file,) = second.export(tmp_path / "second", second.state_dict())
+        fused = {f"blocks.{n}.attn2.{m}" for n in range(2) for m in FUSED}
+        assert {name for name in load_file(file) if not is_new(name)} == fused
+        third = network(folder)
+        third.load(file)
+        assert torch.equal(predicted(third), predicted(made))
+
+    def test_a_published_checkpoint_of_the_same_base_adds_nothing_to_exports(self, folder, tmp_path):
+        made = _on_base(folder)
+        wan_weights.save_published(tmp_path / "model.pt", _inners(made))
+        again = network(folder, dtype="bf16")
+        again.load(tmp_path / "model.pt")
+        FreezePolicy([NEW_MODULES])(again)
+        (file,) = again.export(tmp_path, again.state_dict())
+        assert all(is_new(name) for name in load_file(file))
+
     def test_the_published_layout(self, folder, tmp_path, caplog):
         made = wan.filled(network(folder, export_layout="published"))
         (file,) = made.export(tmp_path, made.state_dict())
@@ -308,6 +349,19 @@ class TestHalfPrecision:
 
 def _inner(name):
     return name.removeprefix("transformer.")
+
+
+def _inners(made):
+    return {_inner(name): value for name, value in made.state_dict().items()}
+
+
+def _on_base(folder):
+    """The base of the folder with the reference's new modules, and gates that learn."""
+    made, base = network(folder), _base(network(folder))
+    wan.filled(made).transformer.load_state_dict(base, strict=False)
+    for block in made.transformer.blocks:
+        block.attn2.clip_gate.data.fill_(0.5)
+    return made
 
 
 def _base(made):

@@ -7,10 +7,12 @@ from tests.sampling.test_reference_videos import INPUTS, SIZE, Encoder
 
 from vireo.diffusion.flow_schedule import FlowSchedule
 from vireo.errors import UserError
+from vireo.models import wan_weights
 from vireo.randomness import Draws
 from vireo.sampling.evaluation import Evaluated
 from vireo.sampling.reference_evaluations import BasePreservation, ReferenceGain
 from vireo.sampling.reference_videos import ReferenceSampler
+from vireo.weights import initialize_from
 
 CPU = torch.device("cpu")
 
@@ -97,6 +99,25 @@ class TestBase:
         (row,) = evaluated(BasePreservation(), network)
         assert row["largest"] > 0 and 0 < row["relative"] < 0.1
         assert network.transformer is own
+
+    @torch.no_grad()
+    def test_the_base_is_what_training_began_with(self, tmp_path):
+        """An export in which parts of Wan had learnt is the base of who goes on from it, and not of who only looks."""
+        folder = wan.save_base(tmp_path)
+        first = wan.network(folder)
+        first.transformer.blocks[1].attn2.to_v.weight.mul_(1.1)
+        export = wan_weights.save_published(
+            tmp_path / "model.pt",
+            {name.removeprefix("transformer."): value for name, value in first.state_dict().items()},
+        )
+        second, looked_at = wan.network(folder), wan.network(folder)
+        initialize_from(second, export)
+        looked_at.load(export)
+        (row,), (other,) = (evaluated(BasePreservation(), network) for network in (second, looked_at))
+        assert row["largest"] == 0 < other["largest"]
+        second.transformer.blocks[0].attn2.to_v.weight.mul_(1.1)
+        (row,) = evaluated(BasePreservation(), second)
+        assert row["largest"] > 0
 
     def test_other_networks_have_none(self):
         with pytest.raises(UserError, match="has no base"):

@@ -13,6 +13,7 @@ from vireo.config import defaults_lists, interpolation, knobs, places, sizes, ta
 from vireo.config.interpolation import Absent
 from vireo.config.problems import Problem, keys, nearest_key
 
+WEIGHTS = (".pt", ".pth", ".safetensors")  # suffixes of files that hold them
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -30,6 +31,7 @@ def validate(cfg: DictConfig, overrides: Sequence[str] = (), folders: Sequence[s
     problems += knobs.check(values)
     problems += targets.check(values)
     problems += _check_run(values)
+    problems += _missing_weights(raw) if "weights" in folders else ()
     problems += sizes.check(values, raw, overrides, choices, folders)
     problems += _model_checks(values, [problem.key for problem in problems])
     return [
@@ -71,10 +73,26 @@ def _check_run(values: dict[str, Any]) -> Iterator[Problem]:
     init_from = known.get("init_from")
     if isinstance(init_from, str) and not Path(init_from).expanduser().exists():
         yield Problem("init_from", f"is {init_from!r}, which does not exist; expected a run, an export or a file")
+    loss, data = known.get("loss"), known.get("data")
+    weight = loss.get("subject_weight", 1) if isinstance(loss, dict) else 1
+    if isinstance(weight, int | float) and weight != 1 and isinstance(data, dict) and data.get("subject_mask") is False:
+        message = f"is {weight}, and without data.subject_mask=true no batch says where the subject is"
+        yield Problem("loss.subject_weight", message)
     for key in known.get("allow_changes") or ():
         if key not in set(keys(values)):
             near = nearest_key(key, values)
             yield Problem("allow_changes", f"names {key}, which is no key.{f' Did you mean {near}?' if near else ''}")
+
+
+def _missing_weights(raw: dict[str, Any]) -> Iterator[Problem]:
+    """Files of weights that a network, an encoder or an adapter is given by their own paths and that are not there.
+
+    raw: the config before its interpolations were replaced; `sizes` looks for what is below a folder of `paths`.
+    """
+    for key, text in interpolation.strings(raw):
+        is_own = key.startswith(("model.", "adapter.")) and "${" not in text and Path(text).suffix in WEIGHTS
+        if is_own and not Path(text).expanduser().exists():
+            yield Problem(key, f"is {text!r}, which does not exist; expected a file of weights")
 
 
 def _model_checks(values: dict[str, Any], wrong: Sequence[str]) -> Iterator[Problem]:

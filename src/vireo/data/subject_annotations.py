@@ -5,6 +5,7 @@ https://huggingface.co/datasets/BestWishYsh/OpenS2V-5M (Yuan et al. 2025). One e
 whole one; here all are in the cropped one's.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from vireo.data import rle
 
-VERSION = "2"  # of what `judge` accepts
+VERSION = "3"  # of what `judge` accepts
 
 
 class Subject(NamedTuple):
@@ -72,7 +73,7 @@ def parse(key: str, value: Any) -> Annotation:
     """Raises ValueError, for people, for what is missing or makes no sense."""
     try:
         return _parse(key, value)
-    except (AttributeError, LookupError, TypeError) as error:  # an object where a number should be, and the like
+    except (AttributeError, LookupError, OverflowError, TypeError) as error:  # an object for a number, and the like
         raise ValueError(f"not built as OpenS2V's entries are: {type(error).__name__} {error}") from error
 
 
@@ -91,14 +92,18 @@ def _parse(key: str, value: Any) -> Annotation:
         raise ValueError("no caption, metadata.face_cap_qwen or metadata.cap")
     annotation, tags = _get(value, "annotation", dict), value.get("word_tags") or {}
     about = annotation.get("ann_frame_data") or {}
-    frame = about.get("ann_frame_idx", frames[0])
+    frame, fps = about.get("ann_frame_idx", frames[0]), metadata.get("fps") or 0
+    if int(frame) < 0:
+        raise ValueError(f"annotation.ann_frame_data.ann_frame_idx is {frame}, expected the number of a frame")
+    if not 0 <= float(fps) < math.inf:
+        raise ValueError(f"metadata.fps is {fps}, expected frames a second")
     return Annotation(
         key=key,
         video=_get(metadata, "path", str),
         start=int(frames[0]),
         stop=int(frames[1]),
         crop=None if crop is None else (int(crop[0]), int(crop[1]), int(crop[2]), int(crop[3])),
-        fps=float(metadata.get("fps") or 0),
+        fps=float(fps),
         caption=caption,
         frame=int(frame),
         subjects=_subjects(annotation, about.get("annotations") or [], str(frame)),
@@ -130,6 +135,8 @@ def _faces(
 ) -> tuple[tuple[float, float, float, float], ...]:
     left, top = (crop[0], crop[2]) if crop is not None else (0, 0)
     boxes = [face["box"] for face in ((annotation.get("face_bbox") or {}).get(frame) or {}).get("face") or ()]
+    if not all(_are_numbers([box[side] for side in ("x1", "y1", "x2", "y2")]) for box in boxes):
+        raise ValueError("annotation.face_bbox has a box whose x1, y1, x2, y2 are not numbers")
     return tuple((b["x1"] - left, b["y1"] - top, b["x2"] - left, b["y2"] - top) for b in boxes)
 
 
@@ -141,4 +148,4 @@ def _get(holder: Any, name: str, kind: type) -> Any:
 
 
 def _are_numbers(values: list[Any]) -> bool:
-    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    return all(type(value) in (int, float) and math.isfinite(value) for value in values)

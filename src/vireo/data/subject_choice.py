@@ -57,14 +57,31 @@ def choose(
     for subject in _ordered(annotation, candidates, selection, prefer_tagged, draws):
         if limit is not None and len(chosen) == limit:
             break
-        if filters.no_background and subject.class_name in annotation.background:
-            continue
-        if filters.text_score is not None and subject.text_score < filters.text_score:
-            continue
-        mask = subject.mask()
-        if _suits(mask, annotation, filters, chosen):
+        if is_wanted(subject, annotation, filters) and suits(mask := subject.mask(), annotation, filters, chosen):
             chosen.append(Chosen(subject, mask))
     return chosen
+
+
+def is_wanted(subject: Subject, annotation: Annotation, filters: Filters) -> bool:
+    """Whether a subject passes the filters that need no look at its mask."""
+    if filters.no_background and subject.class_name in annotation.background:
+        return False
+    return filters.text_score is None or subject.text_score >= filters.text_score
+
+
+def suits(mask: NDArray[np.bool_], annotation: Annotation, filters: Filters, chosen: Sequence[Chosen]) -> bool:
+    """Whether a mask passes those that do. chosen: of the same picture, before."""
+    box = tight_box(mask)
+    if box is None:
+        return False
+    share = (box[2] - box[0]) * (box[3] - box[1]) / mask.size
+    if filters.area is not None and not filters.area[0] <= share <= filters.area[1]:
+        return False
+    if filters.with_face and not any(_holds(mask, face) for face in annotation.faces):
+        return False
+    if filters.overlap is None:
+        return True
+    return all(_overlap(mask, other.mask) <= filters.overlap for other in chosen)
 
 
 def _ordered(
@@ -79,20 +96,6 @@ def _ordered(
     if prefer_tagged:
         ordered.sort(key=lambda subject: subject.class_name not in annotation.subject)
     return ordered
-
-
-def _suits(mask: NDArray[np.bool_], annotation: Annotation, filters: Filters, chosen: Sequence[Chosen]) -> bool:
-    box = tight_box(mask)
-    if box is None:
-        return False
-    share = (box[2] - box[0]) * (box[3] - box[1]) / mask.size
-    if filters.area is not None and not filters.area[0] <= share <= filters.area[1]:
-        return False
-    if filters.with_face and not any(_holds(mask, face) for face in annotation.faces):
-        return False
-    if filters.overlap is None:
-        return True
-    return all(_overlap(mask, other.mask) <= filters.overlap for other in chosen)
 
 
 def _holds(mask: NDArray[np.bool_], face: Sequence[float]) -> bool:

@@ -1,8 +1,9 @@
 """A subject's picture and a caption give the clip that the subject was cut from: OpenS2V-5M's layout."""
 
+import functools
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -12,16 +13,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vireo.data import subject_parts
+from vireo.data import subject_pairs, subject_parts
 from vireo.data.clip_sampling import spread_clip
 from vireo.data.json_index import hashed
 from vireo.data.listing import shortened
 from vireo.data.references import Augmentation, Background, blank, letterbox, read_cutout
 from vireo.data.source import Source, check_content, identify
-from vireo.data.subject_annotations import cluster
-from vireo.data.subject_choice import SELECTIONS, Chosen, Filters, Selection, choose
-from vireo.data.subject_pairs import SubjectPairs
-from vireo.data.subject_parts import Clip, below, find_parts
+from vireo.data.subject_annotations import Subject, cluster
+from vireo.data.subject_choice import SELECTIONS, Chosen, Filters, Selection, choose, is_wanted, suits
+from vireo.data.subject_pairs import SubjectPairs, subject_of
+from vireo.data.subject_parts import Clip, below, find_parts, named
 from vireo.data.subject_references import Picture, Reference, Shown
 from vireo.data.transforms import RESAMPLER, Box, covering_size, crop_and_resize, crop_centre
 from vireo.errors import UserError
@@ -32,6 +33,13 @@ logger = logging.getLogger(__name__)
 
 CLIP_SIDE = 512  # pixels of a reference before the image encoder's own processor
 LOOKED_AT = 200  # clips that are looked at where looking at all would take hours
+
+
+class Partner(NamedTuple):
+    """A subject in another clip."""
+
+    clip: Clip
+    subject: Subject
 
 
 class SubjectClips:
@@ -58,7 +66,8 @@ class SubjectClips:
     reference_background: "white", or "keep" for the box as it is in the frame.
     augmentation: of training references, such as `vireo.data.references.Augmentation`; they cannot be cached then.
     pairs: folder, as given or below root, with pairs of one subject in two clips (`vireo.data.subject_pairs`). Then the
-        reference is a picture from another clip, or from the clip itself where it has no pair.
+        reference is a picture from another clip, which passes the filters too, or from the clip itself where it has no
+        such pair. Pairs that name a mask of another class than they say are left out.
     max_bad_fraction: largest share of clips that turn out unreadable while training.
     allow_outside_root: whether annotations may name videos outside their part's folder.
     Raises UserError if the arguments or the files cannot be used. Entries that cannot be used are left out and told.
@@ -123,8 +132,9 @@ class SubjectClips:
         clip = self._clip(index)
         if self.split == "validation":
             draws = Draws(("validation", clip.name), [0])
-        chosen = self._choose(clip, self.max_subjects, draws)
-        shown = [Reference(one, self.background) for one in self._shown(clip, chosen, draws)]
+        partners, _ = self._partners(clip)
+        chosen = self._choose(clip, self.max_subjects, draws, partners)
+        shown = [Reference(one, self.background) for one in self._shown(clip, chosen, draws, partners)]
         window = self._window(clip, draws)
         found: dict[str, Any] = {
             "frames": self._frames(clip, window.start, window.is_fixed),
@@ -148,12 +158,14 @@ class SubjectClips:
             found["frames"] = [self._frames(clip, start, is_fixed=True) for start in starts]
         if self.augmentation is None:
             limit = None if self.selection == "random" else self.max_subjects
-            draws = Draws("any order", [0])
-            chosen = self._choose(clip, limit, draws)
-            references = [Reference(one, self.background) for one in self._shown(clip, chosen, None)]
+            partners, _ = self._partners(clip)
+            chosen = self._choose(clip, limit, Draws("any order", [0]), partners)
+            references = [Reference(one, self.background) for one in self._shown(clip, chosen, None, partners)]
             for field, size in _sizes(self.height, self.width).items():
                 found[field] = [self._picture(reference, size, 0, None) for reference in references]
-                if len(chosen) < self.max_subjects:
+                # Of those that overlap a sample takes one, so it may have fewer than are possible.
+                may_lack = limit is None and self.max_subjects > 1 and self.filters.overlap is not None
+                if len(chosen) < self.max_subjects or may_lack:
                     found[field].append(_blank(size))
         return found
 
@@ -161,12 +173,15 @@ class SubjectClips:
         """What this split holds, for people. Subjects are counted in some of the clips."""
         some = self._spread(LOOKED_AT)
         counts: Counter[str] = Counter()
-        paired = 0
+        paired, wrong = 0, dict[str, None]()
         for index in some:
             clip, draws = self._clip(index), Draws("describe", [0])
             try:
-                chosen = self._choose(clip, self.max_subjects, draws)
-                paired += any(one.picture.clip.name != clip.name for one in self._shown(clip, chosen, draws))
+                partners, mistaken = self._partners(clip)
+                chosen = self._choose(clip, self.max_subjects, draws, partners)
+                shown = self._shown(clip, chosen, draws, partners)
+                paired += any(one.picture.clip.name != clip.name for one in shown)
+                wrong |= dict.fromkeys(mistaken)  # most pairs are met from both of their sides
             except BadVideoError:
                 continue
             counts[f"{len(chosen)} of {len(clip.about.subjects)}" if chosen else "none: the whole frame"] += 1
@@ -182,12 +197,13 @@ class SubjectClips:
         }
         if self.pairs is not None:
             about[f"with a reference from another clip ({len(some)})"] = f"{paired} clips; the others show themselves"
+            about[f"masks that pairs are wrong about ({len(some)})"] = list(wrong)
         return about
 
     def faults(self) -> list[str]:
-        """Entries that cannot be used, videos that are not there, of those that were looked at, and masks that do not
-        suit; for people."""
-        found = self._problems()
+        """Entries that cannot be used, videos that are not there, of those that were looked at, masks that are none,
+        and pairs that name other masks than they say; for people."""
+        found, wrong = self._problems(), dict[str, None]()
         for index in self._spread(LOOKED_AT):
             try:
                 clip = self._clip(index)
@@ -197,21 +213,27 @@ class SubjectClips:
             if not clip.path.exists():
                 found.append(f"{clip.name}: there is no {clip.path}")
             try:
-                self._choose(clip, None, Draws("faults", [0]))
+                self._choose(clip, None, Draws("faults", [0]), {})
+                wrong |= dict.fromkeys(self._partners(clip)[1])
             except BadVideoError as error:
                 found.append(str(error))
-        return found
+        return found + ([f"data.pairs: some are left out:\n{shortened(list(wrong))}"] if wrong else [])
 
     @staticmethod
     def prepare(
         root: str | Path,
         annotations: Sequence[str] | None = None,
         videos: Sequence[str] | None = None,
+        pairs: str | None = None,
         allow_outside_root: bool = False,
     ) -> str:
-        """For `vireo prepare`: index the annotation files, and look for every video. Returns what to tell."""
-        parts = find_parts(Path(root).expanduser(), annotations, videos, allow_outside_root)
-        return "\n".join(map(subject_parts.report, parts))
+        """For `vireo prepare`: index the annotation files, and look for every video and at every pair. Returns what to
+        tell."""
+        folder = Path(root).expanduser()
+        parts = find_parts(folder, annotations, videos, allow_outside_root)
+        told = [subject_parts.report(part) for part in parts]
+        told += [] if pairs is None else [subject_pairs.report(SubjectPairs(below(folder, pairs)), parts)]
+        return "\n".join(told)
 
     @staticmethod
     def from_files(height: int, width: int, prompt: str, reference: str | None = None) -> dict[str, Any]:
@@ -231,52 +253,73 @@ class SubjectClips:
     def _clip(self, index: int) -> Clip:
         return self.parts[self._part_of[index]].clip(int(self._row_of[index]))
 
-    def _named(self, name: str) -> Clip | None:
-        """The clip `<part>/<key>`, None if it is none of these."""
-        for part in self.parts:
-            if name.startswith(f"{part.name}/"):
-                row = part.entries.row(name.removeprefix(f"{part.name}/"))
-                if row is not None:
-                    return part.clip(row)
-        return None
+    def _partners(self, clip: Clip) -> tuple[dict[str, list[Partner]], list[str]]:
+        """The subjects that pairs give those of a clip, by the ids of these, as far as filters can tell without a mask;
+        and, for people, what is wrong with pairs."""
+        found: dict[str, list[Partner]] = {}
+        wrong = []
+        there = functools.cache(functools.partial(named, self.parts))
+        for mine, theirs in () if self.pairs is None else self.pairs.of(clip.name, cluster(clip.about.key)):
+            other = there(theirs.name)
+            if other is None:
+                continue
+            try:
+                own, subject = subject_of(mine, clip.about), subject_of(theirs, other.about)
+            except ValueError as error:
+                wrong.append(str(error))
+                continue
+            if is_wanted(subject, other.about, self.filters):
+                found.setdefault(own.id, []).append(Partner(other, subject))
+        return found, wrong
 
-    def _choose(self, clip: Clip, limit: int | None, draws: Draws) -> list[Chosen]:
-        """The subjects in the clip itself; with pairs those that have one, if there are any."""
+    def _choose(
+        self, clip: Clip, limit: int | None, draws: Draws, partners: Mapping[str, Sequence[Partner]]
+    ) -> list[Chosen]:
+        """The subjects in the clip itself, those with partners if there are any; without a limit all that may be."""
+        filters = self.filters if limit is not None else self.filters._replace(overlap=None)
 
         def chosen(among: Sequence[str] | None) -> list[Chosen]:
-            return choose(clip.about, self.selection, limit, self.filters, self.prefer_tagged, draws, among)
+            return choose(clip.about, self.selection, limit, filters, self.prefer_tagged, draws, among)
 
         try:
-            paired = list(self.pairs.partners(clip.name, cluster(clip.about.key))) if self.pairs is not None else []
-            return (chosen(paired) if paired else []) or chosen(None)
+            return (chosen(list(partners)) if partners else []) or chosen(None)
         except ValueError as error:
             raise BadVideoError(clip.path, f"{clip.name}: {error}") from error
 
-    def _shown(self, clip: Clip, chosen: Sequence[Chosen], draws: Draws | None) -> list[Shown]:
+    def _shown(
+        self, clip: Clip, chosen: Sequence[Chosen], draws: Draws | None, partners: Mapping[str, Sequence[Partner]]
+    ) -> list[Shown]:
         """Where the references are taken from, for each chosen subject one; without draws all that are possible."""
         own = Picture(clip)
         if not chosen:
             return [Shown(own, None, None)]
-        pairs = {} if self.pairs is None else self.pairs.partners(clip.name, cluster(clip.about.key))
-        shown = []
+        shown: list[Shown] = []
         for one in chosen:
-            found = [there for partner in pairs.get(one.subject.id, ()) if (there := self._partner(*partner))]
-            found = found or [Shown(own, *one)]
+            before = shown if draws is not None else []
+            found = [it for partner in partners.get(one.subject.id, ()) if (it := self._partner(partner, before))]
+            # Of several subjects, the others may have taken all that this one could be shown by.
+            if not found or (draws is None and self.max_subjects > 1 and len(chosen) > 1):
+                found.append(Shown(own, *one))
             if draws is not None:
                 found = [found[int(draws.integers(f"partner_{one.subject.id}", 0, len(found))[0])]]
             shown += found
         return shown
 
-    def _partner(self, name: str, subject: str) -> Shown | None:
-        clip = self._named(name)
-        found = next((s for s in clip.about.subjects if s.id == subject), None) if clip is not None else None
-        if clip is None or found is None:
+    def _partner(self, partner: Partner, before: Sequence[Shown]) -> Shown | None:
+        """A partner as a reference, None if it does not suit, or shows what another reference shows already."""
+        clip, subject = partner
+        same = [
+            Chosen(it.subject, it.mask)
+            for it in before
+            if it.picture.clip.name == clip.name and it.subject is not None and it.mask is not None
+        ]
+        if any(it.subject.id == subject.id for it in same):
             return None
         try:
-            mask = found.mask()
+            mask = subject.mask()
         except ValueError as error:
-            raise BadVideoError(clip.path, f"{name}: mask {subject}: {error}") from error
-        return Shown(Picture(clip), found, mask) if mask.any() else None
+            raise BadVideoError(clip.path, f"{clip.name}: mask {subject.id}: {error}") from error
+        return Shown(Picture(clip), subject, mask) if suits(mask, clip.about, self.filters, same) else None
 
     def _pictures(self, shown: Sequence[Reference], draws: Draws) -> dict[str, list[Source]]:
         found = {}
@@ -385,7 +428,7 @@ class SubjectClips:
         if not file.is_file():
             raise UserError(f"data.held_out={self.held_out}: expected a share below 1, same, or a file: no {file}")
         names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        unknown = [name for name in names if self._named(name) is None]
+        unknown = [name for name in names if named(self.parts, name) is None]
         if unknown or not names:
             told = shortened(unknown) or "  it lists none"
             raise UserError(f"{file}: expected names <part>/<key> of clips; these are none:\n{told}")

@@ -103,6 +103,16 @@ def _layout(root: Path) -> tuple[list[Path], list[Path]]:
     raise UserError(f"there are no annotated clips in {root}: expected {expected}, or data.annotations and data.videos")
 
 
+def named(parts: Sequence[Part], name: str) -> Clip | None:
+    """The clip `<part>/<key>`, None if it is none of these parts'. Raises BadVideoError as `Part.clip` does."""
+    for part in parts:
+        if name.startswith(f"{part.name}/"):
+            row = part.entries.row(name.removeprefix(f"{part.name}/"))
+            if row is not None:
+                return part.clip(row)
+    return None
+
+
 def report(part: Part) -> str:
     """What a part holds, for people: every entry is read, and every video is looked for."""
     count = frames = masks = without = 0

@@ -75,5 +75,10 @@ class FlowMatching(Denoising):
 
     def means(self, squares: Tensor, batch: dict) -> Tensor:
         if self.subject_weight != 1 and self.learning:
+            if "subject_mask" not in batch:
+                raise UserError(
+                    f"loss.subject_weight={self.subject_weight} needs to know where the subject is, but the data give "
+                    "no subject_mask: set data.subject_mask=true, or loss.subject_weight=1."
+                )
             squares = squares * (1 + (self.subject_weight - 1) * latent_mask(batch["subject_mask"], squares))
         return super().means(squares, batch)

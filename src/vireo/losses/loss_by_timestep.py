@@ -39,7 +39,7 @@ class LossByTimestep:
 
     @torch.no_grad()
     def end_step(self) -> dict[str, Tensor]:
-        """The averages with the samples that all ranks have noted, by name; 0 for a bin that has seen none.
+        """The averages with the samples that all ranks have noted, by name; NaN for a bin that has seen none.
 
         Collective.
         """
@@ -47,7 +47,7 @@ class LossByTimestep:
         self.found = torch.zeros_like(self.found)
         mean = torch.stack([total / samples.clamp(min=1), torch.ones_like(samples)])
         self.sums = torch.where(samples > 0, DECAY * self.sums + (1 - DECAY) * mean, self.sums)
-        return dict(zip(self.names, self.sums[0] / self.sums[1].clamp(min=1e-12), strict=True))
+        return dict(zip(self.names, self.sums[0] / self.sums[1], strict=True))
 
     def load(self, sums: Tensor | None) -> None:
         """Go on with stored sums. Raises ValueError for another number of bins."""

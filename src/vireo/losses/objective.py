@@ -38,7 +38,8 @@ class Loss:
         raise TypeError(f"{type(self).__name__} does not say what it minimises: define __call__")
 
     def end_step(self) -> dict[str, Tensor]:
-        """Figures that take a whole step of all ranks, detached scalars by name; by default none.
+        """Figures that take a whole step of all ranks, detached scalars by name; by default none. NaN on all ranks is
+        what cannot be told yet, and is not logged.
 
         Called on every rank once a step, after its backward passes, so it may be collective where `__call__` is local.
         """

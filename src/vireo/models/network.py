@@ -1,7 +1,7 @@
 """What every network that learns offers beside its forward."""
 
 from abc import abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,6 +42,10 @@ class Network(nn.Module):
         They are read at logged steps only, and have the same names on all ranks.
         """
         return {}
+
+    def begin_with(self, names: Collection[str], read: Callable[[], Mapping[str, Tensor]]) -> None:
+        """Take note of parameters that were loaded, which `read` gives again, by names of this network's; by default
+        nothing. For networks whose exports leave out what is in other files."""
 
     def constants(self) -> Collection[str]:
         """Names of parameters that no freeze policy trains."""

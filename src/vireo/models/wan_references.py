@@ -9,8 +9,9 @@ B batch, C latent channels, t h w latent grid, N references, L CLIP tokens of on
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -118,6 +119,8 @@ class WanReferences(Network):
         self._frames = (group_frames, window_frames, sink_frames) if mode == "causal" else None
         self.transformer, self.clip_proj, self.vae_proj = self._start(clip_dim, vae_pos_embed)
         self._seen: Tensor | None = None
+        self._replaced: set[str] = set()  # parameters of the base that are not its files' any more
+        self._beginning: Callable[[], Mapping[str, Tensor]] = dict
         initialize(self, init)
         if gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
@@ -131,8 +134,15 @@ class WanReferences(Network):
         return transformer, *projections
 
     def base(self) -> Any:
-        """The transformer that training began with, loaded anew; without references it is the base."""
-        return self._start(CLIP_WIDTH, vae_pos_embed=False)[0].to(self.transformer.device).eval().requires_grad_(False)
+        """The transformer that training began with, loaded anew; without references it is the base.
+
+        What `init_from` brought in place of the base's parameters is part of it.
+        """
+        transformer = self._start(CLIP_WIDTH, vae_pos_embed=False)[0]
+        if self.initialized:
+            begun = {_inner(name): value for name, value in self._beginning().items()}
+            transformer.load_state_dict({n: begun[n] for n in self._replaced & begun.keys()}, strict=False)
+        return transformer.to(self.transformer.device).eval().requires_grad_(False)
 
     def forward(
         self,
@@ -181,6 +191,11 @@ class WanReferences(Network):
         """clip_gate: mean of |gate| over the blocks; vae_over_fused: of the size of what latents add, in proportion."""
         return {} if self._seen is None else dict(zip(("clip_gate", "vae_over_fused"), self._seen, strict=True))
 
+    def begin_with(self, names: Collection[str], read: Callable[[], Mapping[str, Tensor]]) -> None:
+        """Note which of the base's parameters are no longer those of its files: exports have them too."""
+        self._replaced |= {_inner(name) for name in names if LORA not in name and not is_new(_inner(name))}
+        self._beginning = read
+
     def constants(self) -> set[str]:
         """Gates, where all are 1: they are the published formula then, in which there is nothing to learn."""
         gates = {name: parameter for name, parameter in self.named_parameters() if name.endswith("clip_gate")}
@@ -226,7 +241,8 @@ class WanReferences(Network):
             raise UserError(f"{timesteps.shape[1]} timesteps for {frames} latent frames: one for each is expected.")
 
     def export(self, folder: Path, state: Mapping[str, Tensor]) -> list[Path]:
-        """`references.safetensors`: the new modules and whatever else was trained, named as in the transformer.
+        """`references.safetensors`: the new modules and whatever else is not the base's, since it was trained, here or
+        before (`init_from`); named as in the transformer.
 
         Beside it a LoRA's own file; with `adapter.export=merged` its layers are in `references.safetensors`.
         In the published layout `model.pt`, {"generator": …} with Wan's own names and everything in it, LoRA merged.
@@ -241,11 +257,11 @@ class WanReferences(Network):
             learns = [name for name in learns if LORA not in name]
             if self.adapter is not None:
                 beside = self.adapter.save(self, folder, state)
-        inner = {name.removeprefix("transformer."): value.contiguous() for name, value in whole.items()}
+        inner = {_inner(name): value.contiguous() for name, value in whole.items()}
         if self.export_layout == "published":
             return [wan_weights.save_published(folder / PUBLISHED, inner)]
-        trained = {_layers(name).removeprefix("transformer.") for name in learns}
-        chosen = {name: value for name, value in inner.items() if is_new(name) or name in trained}
+        changed = self._replaced | {_inner(name) for name in learns}
+        chosen = {name: value for name, value in inner.items() if is_new(name) or name in changed}
         save_file(chosen, folder / ADAPTER, metadata={"format": "pt"})
         return [folder / ADAPTER, *beside]
 
@@ -261,14 +277,14 @@ class WanReferences(Network):
             path if path.is_file() else next((path / n for n in (ADAPTER, PUBLISHED) if (path / n).is_file()), path)
         )
         found = wan_weights.read(source)
-        own = {
-            _layers(name).removeprefix("transformer."): v for name, v in self.state_dict().items() if LORA not in name
-        }
+        own = {_inner(name): v for name, v in self.state_dict().items() if LORA not in name}
         gates = {name for name in own if name.endswith("clip_gate")}
         if not gates & found.keys():
             found |= {name: torch.ones_like(own[name]) for name in gates}
         needed = own.keys() if source.suffix in tensor_files.PICKLED else {name for name in own if is_new(name)}
         wan_weights.compare(found, own, needed, source)
+        others = {n for n, value in found.items() if not torch.equal(own[n].float(), value.to(own[n].dtype).float())}
+        self.begin_with(others, partial(wan_weights.read, source))
         for name, value in found.items():
             own[name].copy_(value)
         if (path / lora.FILE).is_file():
@@ -351,6 +367,11 @@ def initialize(network: nn.Module, init: Init) -> None:
 def _layers(name: str) -> str:
     """A parameter's name as if there were no LoRA around its layer; of the LoRA's own, the layer's weight."""
     return re.sub(r"\.lora_.*", ".weight", name).replace(".base_layer.", ".")
+
+
+def _inner(name: str) -> str:
+    """A parameter's name in files: as in the transformer, or of a projection in front of it."""
+    return _layers(name).removeprefix("transformer.")
 
 
 def _with_text(module: nn.Module, arguments: Any, outputs: tuple) -> tuple:
