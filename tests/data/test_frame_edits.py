@@ -324,6 +324,11 @@ def test_all_wrong_arguments_are_told_at_once(root):
     [
         ({"num_frames": 21}, "20 frames are before target_frame=20"),
         ({"num_frames": 2, "condition_frames": [3]}, r"condition_frames are \[3\], expected num_frames = 2"),
+        ({"num_frames": 3, "condition_frames": [18, 19, 20]}, "end before the frame to be made"),
+        ({"num_frames": 1, "target_frame": 5, "condition_frames": [9]}, "5 frames are before target_frame=5"),
+        ({"num_frames": 3, "condition_frames": [19, 10, 15]}, "numbers from 0 that rise"),
+        ({"num_frames": 2, "condition_frames": [19, 19]}, "numbers from 0 that rise"),
+        ({"num_frames": 2, "condition_frames": [-1, 19]}, "numbers from 0 that rise"),
         ({"num_frames": 1, "crop_variants": 2}, "is for crop=random"),
         ({"num_frames": 1, "frames_root": "/x"}, "is for Hugging Face datasets"),
     ],

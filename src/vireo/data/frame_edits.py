@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -43,6 +43,7 @@ class FrameEdits:
     split: "train" takes the split of this name, "validation" those that `held_out` names and the data have: both
     others by default. To judge on clips that chose no checkpoint, train with [val] and evaluate with [test].
     target_frame, condition_frames: numbers of frames, 0 to 20, in place of these: 1 and [0] are the published baseline.
+    The condition's rise and end before the target, for a network that is shown its answer learns to copy it.
     crop: "center", the largest box; or "random" for training, of a scale drawn from `crop_scale`, shares of the
     largest box. crop_variants: how many random crops a clip has, the same in each epoch, so that they can be cached;
     null draws anew each time.
@@ -272,10 +273,10 @@ class FrameEdits:
             problems.append(f"target_frame is {self.target_frame}, expected 0 to {NUM_FRAMES - 1}")
         if len(self.condition_frames) != num_frames:
             problems.append(f"condition_frames are {self.condition_frames}, expected num_frames = {num_frames} of them")
-        elif not all(0 <= number < NUM_FRAMES for number in self.condition_frames):
+        elif not _rises([-1, *self.condition_frames, self.target_frame]):
             problems.append(
-                f"condition_frames are {self.condition_frames}, expected 0 to {NUM_FRAMES - 1}: "
-                f"{self.target_frame} frames are before target_frame={self.target_frame}"
+                f"condition_frames are {self.condition_frames}, expected numbers from 0 that rise and end before the "
+                f"frame to be made: {self.target_frame} frames are before target_frame={self.target_frame}"
             )
         if self.crop not in ("random", "center"):
             problems.append(f"crop is {self.crop!r}, expected random or center")
@@ -321,6 +322,11 @@ def _range(frames: Sequence[int]) -> str:
     if list(frames) == list(range(frames[0], frames[-1] + 1)) and len(frames) > 1:
         return f"{frames[0]:02d} to {frames[-1]:02d}"
     return ", ".join(f"{number:02d}" for number in frames)
+
+
+def _rises(numbers: Sequence[int]) -> bool:
+    """Whether each number is above the one before."""
+    return all(earlier < later for earlier, later in pairwise(numbers))
 
 
 T = TypeVar("T")
