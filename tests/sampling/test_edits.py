@@ -209,6 +209,16 @@ def test_a_roll_out_is_no_longer_than_the_window():
     assert copying().videos(LastFrame(), encoder, data, draws) == {}
 
 
+def test_frames_that_are_not_evenly_spaced_have_no_roll_out(caplog):
+    encoder, data, draws = encoded()
+    chosen = copying()
+    for numbers, count in (([16, 17, 18, 19, 20], 1), ([4, 8, 12, 16, 20], 1), ([4, 10, 15, 19, 20], 0)):
+        for _ in range(2):
+            made = chosen.videos(LastFrame(), encoder, {**data, "frame_numbers": [numbers, numbers]}, draws)
+            assert len(made) == count
+    assert [record.getMessage().count("not evenly spaced") for record in caplog.records] == [1]
+
+
 def test_mistakes():
     with pytest.raises(UserError, match="num_inference_steps=0"):
         sampler(num_inference_steps=0)

@@ -1,6 +1,8 @@
 """The frame after a clip, made from the clip and an instruction."""
 
+import logging
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +18,10 @@ from vireo.sampling.denoising_loop import denoise
 from vireo.sampling.roll_out import Recycle, padded, roll_out
 from vireo.sampling.sampler import Sampler
 
+logger = logging.getLogger(__name__)
+
 SHOWN_INPUTS = 3  # 00, 10 and 19 of 20 frames
+UNEVEN = "the frames of data.condition_frames and the one to be made are not evenly spaced, so no window can move on"
 
 
 class EditSampler(Sampler):
@@ -67,6 +72,7 @@ class EditSampler(Sampler):
         self.roll_out_frames = roll_out_frames
         self.roll_out_noise = roll_out_noise
         self.recycle = recycle
+        self._has_told = False  # why there is no roll-out, once for all clips
 
     @torch.no_grad()
     def __call__(self, network: nn.Module, encoder: Any, batch: dict, draws: Draws) -> dict[str, Tensor]:
@@ -139,7 +145,8 @@ class EditSampler(Sampler):
         """A roll-out whose truth is known: target, prediction and copy-last, float32 (B, K, 3, H, W) in [0, 1].
 
         The batch knows N + 1 frames, so a roll-out of the last K of them starts from the N + 1 - K before; the window's
-        missing frames are copies of the oldest. K: `num_frames`, at most N.
+        missing frames are copies of the oldest. K: `num_frames`, at most N. The frames must be `evenly_spaced`:
+        only then is what follows a window that has moved on the frame that the network was trained to make.
         """
         frames = torch.cat([batch["frames"], batch["target"][:, None]], dim=1)
         length = batch["frames"].shape[1]
@@ -154,7 +161,15 @@ class EditSampler(Sampler):
         }
 
     def videos(self, network: nn.Module, encoder: Any, batch: dict, draws: Draws) -> dict[str, dict[str, Tensor]]:
-        """A roll-out beside the truth and beside the last frame held, see `within`; none of a single frame."""
+        """A roll-out beside the truth and beside the last frame held, see `within`.
+
+        None of a single frame, nor where the frames are not evenly spaced, which is told.
+        """
+        if not evenly_spaced(batch):
+            if not self._has_told:
+                logger.warning("there is no roll-out: %s", UNEVEN)
+            self._has_told = True
+            return {}
         columns = self.within(network, encoder, batch, draws, self.roll_out_frames)
         return {"roll_out": columns} if columns["target"].shape[1] > 1 else {}
 
@@ -203,6 +218,17 @@ class EditSampler(Sampler):
         """Pixels of the target that differ from the last frame by more than the threshold, bool (B, 1, 1, H, W)."""
         target, last = (to_pixels(frames, low=0.0) for frames in (batch["target"], batch["frames"][:, -1]))
         return ((target - last).abs().amax(dim=1, keepdim=True) > self.change_threshold)[:, None]
+
+
+def evenly_spaced(batch: Mapping[str, Any]) -> bool:
+    """Whether the target follows the last frame at the distance at which all frames follow one another.
+
+    batch: "frame_numbers", for each clip those of its frames and its target; without, they are consecutive.
+    """
+    return all(
+        len({later - earlier for earlier, later in pairwise(numbers)}) == 1
+        for numbers in batch.get("frame_numbers", ())
+    )
 
 
 def _mode(moments: Tensor) -> Tensor:
