@@ -224,3 +224,7 @@ def test_mistakes():
         sampler(num_inference_steps=0)
     with pytest.raises(UserError, match="image_guidance=inf"):
         sampler(image_guidance=float("inf"))
+    with pytest.raises(UserError, match="recycle is 'latent'; expected 'pixels' or 'latents'"):
+        sampler(recycle="latent")
+    with pytest.raises(UserError, match="roll_out_noise is 'foo'; expected 'same' or 'new'"):
+        sampler(roll_out_noise="foo")

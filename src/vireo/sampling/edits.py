@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from vireo.metrics import decibels, mean_where, ssim_map
 from vireo.pixels import as_8_bit, to_pixels, to_uint8
 from vireo.randomness import Draws
 from vireo.sampling.denoising_loop import denoise
-from vireo.sampling.roll_out import Recycle, padded, roll_out
+from vireo.sampling.roll_out import Noise, Recycle, check_choice, padded, roll_out
 from vireo.sampling.sampler import Sampler
 
 logger = logging.getLogger(__name__)
@@ -56,12 +56,14 @@ class EditSampler(Sampler):
         scheduler_settings: Mapping[str, Any] | None = None,
         change_threshold: float = 0.1,
         roll_out_frames: int = 8,
-        roll_out_noise: Literal["same", "new"] = "new",
+        roll_out_noise: Noise = "new",
         recycle: Recycle = "pixels",
     ) -> None:
         if num_inference_steps < 1 or roll_out_frames < 1:
             found = f"num_inference_steps={num_inference_steps}, roll_out_frames={roll_out_frames}"
             raise UserError(f"the sampler needs at least one step and one frame, got {found}")
+        check_choice("roll_out_noise", roll_out_noise, Noise)
+        check_choice("recycle", recycle, Recycle)
         self.noise_schedule = noise_schedule
         self.inputs = list(inputs)
         self.num_inference_steps = num_inference_steps
