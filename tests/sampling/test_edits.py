@@ -102,6 +102,23 @@ def test_guidance_and_settings_of_the_scheduler_matter():
     assert len(sums) == len(chosen)
 
 
+def test_further_guidance_is_a_column_each_by_the_same_noise():
+    network = Editor()
+    made = columns(sampler(further_guidance=[(3, 1.5), (1.0, 1.0)]), network)[0]
+    assert list(made) == [
+        "inputs",
+        "target",
+        "prediction",
+        "text 3 image 1.5",
+        "text 1 image 1",
+        "vae",
+        "copy-last vae",
+    ]
+    for title, text, image in (("text 3 image 1.5", 3.0, 1.5), ("text 1 image 1", 1.0, 1.0)):
+        alone = columns(sampler(text_guidance=text, image_guidance=image), network)[0]
+        assert torch.equal(made[title], alone["prediction"]) and not torch.equal(made[title], made["prediction"])
+
+
 def test_baselines():
     data = encoded()[1]
     found = sampler().baselines(data)

@@ -32,6 +32,7 @@ class EditSampler(Sampler):
     inputs: names of the network's conditions in the batch. One with a `null_<name>` beside it is text, the others are
         pictures, whose null is zero.
     num_inference_steps, text_guidance, image_guidance: the published ones by default, and the published scheduler.
+    further_guidance: pairs of text_guidance and image_guidance, each of which is a further column by the same noise.
     change_threshold: a pixel counts as changed where one of its colours differs by more than this from the last frame,
         in [0, 1]; 0.1 is above what video codecs and sensors do to a still picture.
     roll_out_frames: length of the roll-outs that `vireo sample` shows, at most the number of condition frames.
@@ -39,7 +40,8 @@ class EditSampler(Sampler):
     recycle: how a new frame comes back as a condition, see `vireo.sampling.roll_out`.
 
     All columns are float32 in [0, 1]; "inputs" is (B, up to 3, 3, H, W), the others (B, 1, 3, H, W): target,
-    prediction, vae (the target through the VAE, which is the ceiling) and "copy-last vae". Raises UserError for
+    prediction, one such as "text 3 image 1.5" for each further pair, vae (the target through the VAE, which is the
+    ceiling) and "copy-last vae". Raises UserError for
     settings that make no sense.
     """
 
@@ -58,6 +60,7 @@ class EditSampler(Sampler):
         roll_out_frames: int = 8,
         roll_out_noise: Noise = "new",
         recycle: Recycle = "pixels",
+        further_guidance: Sequence[tuple[float, float]] = (),
     ) -> None:
         if num_inference_steps < 1 or roll_out_frames < 1:
             found = f"num_inference_steps={num_inference_steps}, roll_out_frames={roll_out_frames}"
@@ -68,6 +71,9 @@ class EditSampler(Sampler):
         self.inputs = list(inputs)
         self.num_inference_steps = num_inference_steps
         self.guidance = TwoScaleGuidance(text_guidance, image_guidance)
+        self.further_guidance = {
+            f"text {text:g} image {image:g}": TwoScaleGuidance(text, image) for text, image in further_guidance
+        }
         self.scheduler = scheduler
         self.scheduler_settings = dict(scheduler_settings or {})
         self.change_threshold = change_threshold
@@ -89,6 +95,10 @@ class EditSampler(Sampler):
             "inputs": to_pixels(frames[:, shown.to(frames.device)], low=0.0),
             "target": to_pixels(batch["target"][:, None], low=0.0),
             "prediction": self.predict(network, encoder, batch, draws),
+            **{
+                title: _decoded(encoder, self.sample(network, batch, draws, guidance=guidance))
+                for title, guidance in self.further_guidance.items()
+            },
             "vae": _decoded(encoder, _mode(batch["target_moments"]) * factor),
             "copy-last vae": _decoded(encoder, batch["condition_latents"][:, -1] * factor),
         }
@@ -99,14 +109,23 @@ class EditSampler(Sampler):
         return _decoded(encoder, self.sample(network, batch, draws))
 
     @torch.no_grad()
-    def sample(self, network: nn.Module, batch: Mapping[str, Any], draws: Draws, number: int = 0) -> Tensor:
+    def sample(
+        self,
+        network: nn.Module,
+        batch: Mapping[str, Any],
+        draws: Draws,
+        number: int = 0,
+        guidance: TwoScaleGuidance | None = None,
+    ) -> Tensor:
         """Scaled latents (B, C, h, w) of the next frame, given the batch's conditions.
 
         number: which frame of a roll-out this is; it has noise of its own where roll_out_noise is "new".
+        guidance: another one than the sampler's own.
         """
+        guidance = guidance or self.guidance
         given = {name: batch[name] for name in self.inputs}
         null_text = {name: batch[f"null_{name}"] for name in given if f"null_{name}" in batch}
-        conditions = self.guidance.conditions(
+        conditions = guidance.conditions(
             {name: value for name, value in given.items() if name not in null_text},
             {name: value for name, value in given.items() if name in null_text},
             null_text,
@@ -116,7 +135,7 @@ class EditSampler(Sampler):
             network,
             self.noise_schedule.scheduler(self.scheduler, **self.scheduler_settings),
             draws.normal(f"sampling noise{own}", *batch["condition_latents"].shape[2:]),
-            self.guidance,
+            guidance,
             conditions,
             self.num_inference_steps,
             draws.generators(f"sampling steps{own}"),
