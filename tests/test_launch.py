@@ -113,6 +113,10 @@ def test_a_run_that_preempts_itself_equals_an_undisturbed_one(vireo, tmp_path):
     for part in ("network", "optimizer", "ema"):
         first, second = one.tensors(part), two.tensors(part)
         assert all(torch.equal(first[name], second[name]) for name in first), part
+    code, said = vireo("train", *runs.TINY, "steps=6", "run=again", "debug=sanity", "warmup_steps=0")
+    assert code == 0 and "starting again from step 5" in said, "the second check checks as the first one did"
+    third = checkpoint.latest(tmp_path / "taehv" / "again-2").tensors("network")
+    assert all(torch.equal(value, third[name]) for name, value in one.tensors("network").items())
 
 
 def test_resume_none_starts_beside_and_an_explicit_checkpoint_must_be_there(vireo, tmp_path):

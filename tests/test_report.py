@@ -38,6 +38,20 @@ def test_a_run_in_a_row(tmp_path):
         assert report.state_of(folder)["state"] == "running"
 
 
+def test_figures_of_other_clips_are_not_compared(tmp_path):
+    def row(step, loss, psnr, clips):
+        return {"step": step, "validation/loss": loss, "validation/psnr": psnr, "held_out_clips": clips}
+
+    def write(*rows):
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+        return report.where_to_look(tmp_path, [], {})
+
+    assert "held-out loss" not in write(row(0, 2.94, 30.0, 6), row(6, 1.865, 20.0, 4))
+    assert report.state_of(tmp_path)["best"] == 20
+    said = write(row(0, 2.94, 30.0, 6), row(3, 1.5, 21.0, 4), row(6, 1.4, 20.0, 4))
+    assert "fixed draws: 1.5 at step 3, 1.4 at step 6" in said and report.state_of(tmp_path)["best"] == 21
+
+
 def test_tables():
     assert report.table([]) == "(none)"
     text = report.table([{"a": 1, "long name": None}, {"a": 22.123456, "long name": "x"}])

@@ -1,5 +1,6 @@
 """Resume equals no interruption, bit for bit: SIGKILL in a step, and the same command again."""
 
+import json
 import os
 import random
 import signal
@@ -125,6 +126,19 @@ def test_a_stop_does_not_wait_for_a_validation_which_is_made_when_the_run_goes_o
     assert runs.work(folder) == 0
     same(folder, undisturbed[1])
     assert (folder / "export" / "best").is_dir()
+
+
+def test_the_best_validation_begins_anew_with_other_clips(tmp_path):
+    assert runs.work(runs.make(tmp_path, ["run=one", "steps=4"])) == 0
+    folder = runs.make(tmp_path, ["run=one", "steps=8", "validation.clips=1"])
+    (folder / "finished").unlink()
+    assert runs.work(folder) == 0
+    said = (folder / "train.log").read_text()
+    assert "the best validation so far, of step 4, judged otherwise (clips 2 before, 1 now" in said
+    assert "held-out loss on fixed draws" not in said.partition("judged otherwise")[2], "one validation of these clips"
+    best = json.loads((folder / "finished").read_text())["best"]
+    assert (best["step"], best["clips"], best["metric"]) == (8, 1, "psnr")
+    assert [row["held_out_clips"] for row in runs.metrics(folder) if "validation/loss" in row] == [2, 2, 1]
 
 
 def test_a_second_ctrl_c_during_the_save_ends_at_once(tmp_path, undisturbed):

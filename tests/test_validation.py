@@ -5,7 +5,7 @@ from tests.toys import Denoise, Denoised, ToyDataset, ToyNetwork
 from vireo.data.stream import Stream
 from vireo.losses.objective import Objective
 from vireo.models.encoders import NoEncoder
-from vireo.validation import SEED, further_videos, means, means_by_task, measure_video, score_clips, validate
+from vireo.validation import SEED, ClipScore, further_videos, means, means_by_task, measure_video, score_clips, validate
 from vireo.video_io import BadVideoError
 
 CPU = torch.device("cpu")
@@ -113,6 +113,16 @@ def test_pictures_are_written_and_means_taken(network, tmp_path):
     expected = means(score for score, _ in scores(network, 2, range(3)))
     assert figures == pytest.approx(expected)
     assert means([]) == {}
+
+
+def test_the_pooled_psnr_of_a_set_is_that_of_its_mean_error():
+    clips = [
+        ClipScore(number, "", {"pooled_psnr": psnr, "mse": mse, "copy-last/pooled_psnr": psnr, "copy-last/mse": mse})
+        for number, (psnr, mse) in enumerate([(10.0, 0.1), (30.0, 0.001)])
+    ]
+    found = means(clips)
+    assert found["mse"] == pytest.approx(0.0505)
+    assert found["pooled_psnr"] == found["copy-last/pooled_psnr"] == pytest.approx(12.967, abs=1e-3)
 
 
 def test_the_loss_is_the_mean_over_its_grid(network):

@@ -13,6 +13,7 @@ from vireo.run_folder import finished, is_locked
 from vireo.tracking import read_metrics
 
 CURVES = "curves.png"
+CLIPS = "held_out_clips"  # in a row of metrics.jsonl: how many its validation looked at
 PANELS = ("loss", "validation/psnr", "validation/loss", "grad_norm", "lr", "seconds_per_step")
 NAMED = 10  # curves of a picture that have a colour of their own
 
@@ -93,7 +94,7 @@ def where_to_look(folder: Path, exported: Sequence[Path], figures: Mapping[str, 
     samples = sorted((folder / "samples").glob("step_*"))
     lines = [f"\nheld-out clips:\n{comparison(figures)}\n" if figures else ""]
     rows = read_metrics(folder / "metrics.jsonl")
-    losses = [(row["step"], row["validation/loss"]) for row in rows if "validation/loss" in row]
+    losses = [(row["step"], row["validation/loss"]) for row in _of_the_last_clips(rows) if "validation/loss" in row]
     if len(losses) > 1:  # at the same draws, so they can be compared, which losses of training cannot
         said = ", ".join(f"{loss:.4g} at step {step}" for step, loss in (losses[0], losses[-1]))
         lines.append(f"held-out loss on fixed draws: {said}\n")
@@ -129,7 +130,8 @@ def state_of(folder: Path, metric: str = "psnr", higher_is_better: bool = True) 
     rows = read_metrics(folder / "metrics.jsonl")
     marker = finished(folder)
     saved = checkpoint.steps(folder)
-    values = [row[f"validation/{metric}"] for row in rows if f"validation/{metric}" in row]
+    name = f"validation/{metric}"
+    values = [row[name] for row in _of_the_last_clips(rows) if name in row]
     values = [value for value in values if math.isfinite(value)]
     best = (marker or {}).get("best") or {}
     seconds = [row["seconds_per_step"] for row in rows if "seconds_per_step" in row]
@@ -144,6 +146,13 @@ def state_of(folder: Path, metric: str = "psnr", higher_is_better: bool = True) 
         "seconds": _seconds(rows),
         "overrides": " ".join(_overrides(folder)),
     }
+
+
+def _of_the_last_clips(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows but for those of validations on more or fewer held-out clips than the last one, which nothing compares
+    with; rows that do not say are kept."""
+    last = next((row[CLIPS] for row in reversed(rows) if CLIPS in row), None)
+    return [row for row in rows if row.get(CLIPS, last) == last]
 
 
 def _seconds(rows: Sequence[Mapping[str, Any]]) -> float | None:

@@ -13,7 +13,7 @@ from vireo import distributed, faults
 from vireo.comparison import show
 from vireo.data.stream import Stream, collate, to_device
 from vireo.losses.objective import Loss
-from vireo.metrics import measure_video
+from vireo.metrics import decibels, measure_video
 from vireo.models.encoders import Encoder
 from vireo.pixels import to_uint8
 from vireo.randomness import Draws
@@ -114,9 +114,14 @@ def further_videos(
 
 
 def means(scores: Iterable[ClipScore]) -> dict[str, float]:
-    """Mean of each measure over the clips that could be read."""
+    """Mean of each measure over the clips that could be read; pooled_psnr is that of the mean of their `mse`."""
     rows = [score.measures for score in scores if score.unreadable is None]
-    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]} if rows else {}
+    found = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]} if rows else {}
+    for name in found:
+        error = f"{name.removesuffix('pooled_psnr')}mse"
+        if name.rpartition("/")[2] == "pooled_psnr" and error in found:
+            found[name] = float(decibels(torch.tensor(found[error], dtype=torch.float64)))
+    return found
 
 
 def means_by_task(scores: Sequence[ClipScore]) -> list[dict[str, Any]]:

@@ -88,7 +88,7 @@ class Run:
         self.average = ExponentialMovingAverage(parts, decay, self.strategy.refresh)
         self.save_failures = faults.SaveFailures(settings["faults"]["max_consecutive_save_failures"])
         self.accumulation = settings["gradient_accumulation"]
-        self.best: dict[str, float] | None = None
+        self.best: dict[str, Any] | None = None
         self.tracker_id: str | None = None
         self.figures: dict[str, float] = {}
         self.saved_at = time.monotonic()
@@ -211,7 +211,7 @@ class Run:
             self._try_export()
             self._check_network()
             if settings["validation"]["at_start"] and len(self.held_out):
-                self.report(0, self.validate(0))
+                self._report_held_out(0, self.validate(0))
         elif self.owes_validation and self._judge(progress.step):
             self._keep_best()
         return self.finish(self.advance(progress))
@@ -333,8 +333,16 @@ class Run:
         self.figures = self.validate(step)
         self.owes_validation = False
         improved = self._note_best(step)
-        self.report(step, self.figures)
+        self._report_held_out(step, self.figures)
         return improved
+
+    @property
+    def _judged_clips(self) -> int:
+        """How many held-out clips a validation looks at. Figures of another number cannot be compared."""
+        return min(self.settings["validation"]["clips"], len(self.held_out))
+
+    def _report_held_out(self, step: int, figures: Mapping[str, float]) -> None:
+        self.report(step, {**figures, report.CLIPS: self._judged_clips} if figures else figures)
 
     def _note_best(self, step: int) -> bool:
         """Whether this validation is the best so far, by `validation.metric`."""
@@ -349,10 +357,17 @@ class Run:
                 f"validation.metric={settings['metric']} is not measured; there are "
                 f"{', '.join(sorted(n.removeprefix('validation/') for n in self.figures))}"
             )
+        judged = {"clips": self._judged_clips, "metric": settings["metric"]}
+        if self.best is not None and any(self.best.get(key, now) != now for key, now in judged.items()):
+            of = ", ".join(f"{key} {self.best.get(key, now)} before, {now} now" for key, now in judged.items())
+            log.info(
+                "the best validation so far, of step %d, judged otherwise (%s): it begins anew", self.best["step"], of
+            )
+            self.best = None
         value, sign = self.figures[name], 1 if settings["higher_is_better"] else -1
         if not math.isfinite(value) or (self.best is not None and sign * value <= sign * self.best["value"]):
             return False
-        self.best = {"step": step, "value": value}
+        self.best = {"step": step, "value": value, **judged}
         return True
 
     def validate(self, step: int) -> dict[str, float]:

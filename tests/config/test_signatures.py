@@ -156,6 +156,41 @@ def test_agrees_with_the_imported_object(target):
         assert [p.required for p in read.parameters] == [p.default is kinds.empty for p in named]
 
 
+def test_aliases_are_written_out(package):
+    package(
+        names="""
+        from typing import Literal
+        Mode = Literal["a", "b"]
+        Size = int | tuple[int, int]
+        """,
+        here="""
+        from pathlib import Path
+        from toy_package.names import Mode as Way, Size
+        Own = list[Way] | None
+        Loop = list[Loop]
+        limit = 3
+        def function(one: Way, two: Own = None, three: dict[str, Size] = {}, four: Path = "", five: limit = 3): ...
+        def endless(a: Loop): ...
+        """,
+    )
+    found = signature("toy_package.here.function").parameters
+    assert [ast.unparse(each.annotation) for each in found] == [
+        "Literal['a', 'b']",
+        "list[Literal['a', 'b']] | None",
+        "dict[str, int | tuple[int, int]]",
+        "Path",
+        "limit",
+    ]
+    assert accepts(found[0].annotation, "b") and not accepts(found[0].annotation, "c")
+    assert signature("toy_package.here.endless") is None
+
+
+def test_choices_behind_an_alias_are_checked_in_a_config():
+    annotations = {p.name: p.annotation for p in signature("vireo.sampling.edits.EditSampler").parameters}
+    assert accepts(annotations["recycle"], "latents") and not accepts(annotations["recycle"], "latent")
+    assert accepts(annotations["roll_out_noise"], "same") and not accepts(annotations["roll_out_noise"], "foo")
+
+
 @pytest.mark.parametrize(
     ("annotation", "good", "bad"),
     [

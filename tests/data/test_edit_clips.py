@@ -39,6 +39,21 @@ def test_both_spellings_and_both_files_say_the_same(root, file):
     assert clips[1].prompt == "the other spelling" and clips[1].task == "drop_object"
 
 
+@pytest.mark.parametrize("empty", ["", "  ", None])
+def test_an_empty_spelling_gives_way_to_the_other(root, empty):
+    row = {"video_path": empty, "input_frames_folder": edits.NAMES[0], "instruction": empty, "edit_prompt": "do it"}
+    edits.write_metadata(root, [row])
+    (clip,), left_out = list_raw(root)
+    assert (clip.name, clip.prompt) == (edits.NAMES[0], "do it") and left_out == []
+
+
+def test_a_frame_that_is_there_twice_leaves_its_clip_out(root):
+    folder = root / edits.NAMES[0]
+    (folder / "20.jpg").write_bytes((folder / "20.png").read_bytes())
+    assert len(list_raw(root).clips) == len(edits.NAMES) - 1
+    assert reasons(root)[edits.NAMES[0]].startswith("frame 20 there as more than one file, such as .jpg and .png")
+
+
 def test_what_cannot_be_used_is_left_out_with_its_reason(root):
     name = edits.NAMES[0]
     (root / edits.NAMES[1] / "13.png").unlink()

@@ -58,7 +58,7 @@ def test_a_sample(root):
     edited = FrameEdits(root, 20, 16, 16)
     sample = edited.sample(1, draws())
     assert len(edited) == 3
-    assert sample.keys() == {"frames", "target", "prompt", "name", "task"}
+    assert sample.keys() == {"frames", "target", "prompt", "name", "task", "frame_numbers"}
     assert (sample["name"], sample["task"]) == ("train/drop_object/video_01", "drop_object")
     assert sample["prompt"] == "do what train/drop_object/video_01 says"
     frames, target = loaded(sample)
@@ -77,7 +77,8 @@ def test_the_condition_is_the_last_frames_before_the_target(root, num_frames):
 def test_the_published_baseline_is_a_pair_of_numbers(root):
     pair = FrameEdits(root, 1, 8, 8, target_frame=1, condition_frames=[0])
     assert shown(pair.sample(0, draws())) == [0, 1]
-    assert shown(FrameEdits(root, 3, 8, 8, condition_frames=[0, 10, 19]).sample(0, draws())) == [0, 10, 19, 20]
+    three = FrameEdits(root, 3, 8, 8, condition_frames=[0, 10, 19]).sample(0, draws())
+    assert shown(three) == three["frame_numbers"] == [0, 10, 19, 20]
 
 
 def test_splits(root):
@@ -324,6 +325,11 @@ def test_all_wrong_arguments_are_told_at_once(root):
     [
         ({"num_frames": 21}, "20 frames are before target_frame=20"),
         ({"num_frames": 2, "condition_frames": [3]}, r"condition_frames are \[3\], expected num_frames = 2"),
+        ({"num_frames": 3, "condition_frames": [18, 19, 20]}, "end before the frame to be made"),
+        ({"num_frames": 1, "target_frame": 5, "condition_frames": [9]}, "5 frames are before target_frame=5"),
+        ({"num_frames": 3, "condition_frames": [19, 10, 15]}, "numbers from 0 that rise"),
+        ({"num_frames": 2, "condition_frames": [19, 19]}, "numbers from 0 that rise"),
+        ({"num_frames": 2, "condition_frames": [-1, 19]}, "numbers from 0 that rise"),
         ({"num_frames": 1, "crop_variants": 2}, "is for crop=random"),
         ({"num_frames": 1, "frames_root": "/x"}, "is for Hugging Face datasets"),
     ],

@@ -126,6 +126,23 @@ def test_a_roll_out_frame_by_frame():
             assert row["changed_ssim"] == pytest.approx(float(torch.stack(its).mean()), rel=1e-5)
 
 
+def test_frames_that_are_not_evenly_spaced_have_no_roll_out():
+    class Chosen(Drifts):
+        numbers = [4, 8, 12, 16, 20]
+
+        def sample(self, index, draws):
+            return {**super().sample(index, draws), "frame_numbers": self.numbers}
+
+    def rows():
+        stream = Stream(Chosen(), "validation", shuffle=False)
+        return RollOut(num_frames=2)(Evaluated(LastFrame(), Halving(), sampler(), stream, [0, 1], CPU, None))
+
+    assert len(rows()) == 2 * 3
+    Chosen.numbers = [4, 10, 15, 19, 20]
+    (row,) = rows()
+    assert row["note"].startswith("not measured: the frames of data.condition_frames")
+
+
 def test_a_perfect_roll_out_of_what_stands_still():
     class Still(Drifts):
         def sample(self, index, draws):

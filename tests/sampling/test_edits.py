@@ -102,6 +102,23 @@ def test_guidance_and_settings_of_the_scheduler_matter():
     assert len(sums) == len(chosen)
 
 
+def test_further_guidance_is_a_column_each_by_the_same_noise():
+    network = Editor()
+    made = columns(sampler(further_guidance=[(3, 1.5), (1.0, 1.0)]), network)[0]
+    assert list(made) == [
+        "inputs",
+        "target",
+        "prediction",
+        "text 3 image 1.5",
+        "text 1 image 1",
+        "vae",
+        "copy-last vae",
+    ]
+    for title, text, image in (("text 3 image 1.5", 3.0, 1.5), ("text 1 image 1", 1.0, 1.0)):
+        alone = columns(sampler(text_guidance=text, image_guidance=image), network)[0]
+        assert torch.equal(made[title], alone["prediction"]) and not torch.equal(made[title], made["prediction"])
+
+
 def test_baselines():
     data = encoded()[1]
     found = sampler().baselines(data)
@@ -209,8 +226,22 @@ def test_a_roll_out_is_no_longer_than_the_window():
     assert copying().videos(LastFrame(), encoder, data, draws) == {}
 
 
+def test_frames_that_are_not_evenly_spaced_have_no_roll_out(caplog):
+    encoder, data, draws = encoded()
+    chosen = copying()
+    for numbers, count in (([16, 17, 18, 19, 20], 1), ([4, 8, 12, 16, 20], 1), ([4, 10, 15, 19, 20], 0)):
+        for _ in range(2):
+            made = chosen.videos(LastFrame(), encoder, {**data, "frame_numbers": [numbers, numbers]}, draws)
+            assert len(made) == count
+    assert [record.getMessage().count("not evenly spaced") for record in caplog.records] == [1]
+
+
 def test_mistakes():
     with pytest.raises(UserError, match="num_inference_steps=0"):
         sampler(num_inference_steps=0)
     with pytest.raises(UserError, match="image_guidance=inf"):
         sampler(image_guidance=float("inf"))
+    with pytest.raises(UserError, match="recycle is 'latent'; expected 'pixels' or 'latents'"):
+        sampler(recycle="latent")
+    with pytest.raises(UserError, match="roll_out_noise is 'foo'; expected 'same' or 'new'"):
+        sampler(roll_out_noise="foo")

@@ -302,6 +302,11 @@ def test_pickled_weights_are_not_read(video, tmp_path):
         ({"prompt": ["a", "b"], "frames": clip(clips=3)}, "prompt: one text, or one for each of 3 clips"),
         ({"negative_prompt": ["a", "b"]}, "negative_prompt: one text"),
         ({"generator": [seeded(), seeded()]}, "generator: one, or one for each of 1"),
+        ({"frames": []}, "there is no picture in it"),
+        ({"frames": [[]]}, "there is no picture in it"),
+        ({"frames": [], "repeat_oldest": True}, "there is no picture in it"),
+        ({"num_inference_steps": 0}, "num_inference_steps is 0"),
+        ({"num_inference_steps": -1}, "num_inference_steps is -1"),
         ({"output_type": "jpeg"}, "output_type is one of pil"),
         ({"guidance_scale": float("nan")}, "must be finite"),
         ({"latents": torch.zeros(1, 4, 4, 4)}, "noise of the shape"),
@@ -322,3 +327,9 @@ def test_folders_and_networks_that_are_no_editors(image, tmp_path):
         VideoInstructPix2PixPipeline(**image.components, num_frames=3)
     with pytest.raises(UserError, match="at least one frame"):
         image.roll_out("move", clip(1), 0)
+    with pytest.raises(UserError, match="num_inference_steps is 0"):
+        image.roll_out("move", clip(1), 1, num_inference_steps=0)
+    with pytest.raises(UserError, match="noise is 'foo'; expected 'same' or 'new'"):
+        image.roll_out("move", clip(1), 1, noise="foo")
+    with pytest.raises(UserError, match="recycle is 'latent'; expected 'pixels' or 'latents'"):
+        image.roll_out("move", clip(1), 1, recycle="latent")

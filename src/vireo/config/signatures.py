@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 
 class Parameter(NamedTuple):
-    """annotation: its source's syntax tree, None without one. required: has no default."""
+    """annotation: its source's syntax tree, aliases of the same package written out, None without one. required: has no
+    default."""
 
     name: str
     annotation: ast.expr | None
@@ -144,7 +145,7 @@ def _signature_of(target: str) -> Signature:
     if isinstance(found.node, ast.ClassDef):
         return _constructor(found)
     static = any(_last_name(d) == "staticmethod" for d in found.node.decorator_list)
-    return _arguments(found.node, bound=owner is not None and not static)
+    return _arguments(found, bound=owner is not None and not static)
 
 
 def _constructor(found: _Found) -> Signature:
@@ -153,7 +154,7 @@ def _constructor(found: _Found) -> Signature:
     if any("dataclass" in ast.unparse(d) for d in node.decorator_list):
         raise _Unknown
     made_by = _method(found, "__init__") or _method(found, "__new__")
-    return _arguments(made_by.node, bound=True) if made_by else Signature([], False)
+    return _arguments(made_by, bound=True) if made_by else Signature([], False)
 
 
 def _method(found: _Found, name: str) -> _Found | None:
@@ -175,16 +176,60 @@ def _method(found: _Found, name: str) -> _Found | None:
     return None
 
 
-def _arguments(node: ast.AST, bound: bool) -> Signature:
+def _arguments(found: _Found, bound: bool) -> Signature:
+    node = found.node
     assert isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     arguments = node.args
     positional = [*arguments.posonlyargs, *arguments.args]
     without_default = len(positional) - len(arguments.defaults)
-    parameters = [Parameter(a.arg, a.annotation, i < without_default) for i, a in enumerate(positional)]
+    parameters = [Parameter(a.arg, _annotation(a, found), i < without_default) for i, a in enumerate(positional)]
     keyword_only = zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
     parameters = parameters[1:] if bound else parameters
-    parameters += [Parameter(a.arg, a.annotation, default is None) for a, default in keyword_only]
+    parameters += [Parameter(a.arg, _annotation(a, found), default is None) for a, default in keyword_only]
     return Signature(parameters, arguments.kwarg is not None)
+
+
+def _annotation(argument: ast.arg, found: _Found) -> ast.expr | None:
+    try:
+        return None if argument.annotation is None else _written_out(argument.annotation, found.module)
+    except _Unknown:  # an alias of a compiled module
+        return argument.annotation
+
+
+def _written_out(annotation: ast.expr, module: str) -> ast.expr:
+    """The annotation with what aliases such as `Mode = Literal["a", "b"]` stand for, here and inside | and [ ]."""
+    match annotation:
+        case ast.Name(id=name):
+            return _alias(module, name) or annotation
+        case ast.BinOp(left=left, op=ast.BitOr() as either, right=right):
+            return ast.BinOp(_written_out(left, module), either, _written_out(right, module))
+        case ast.Subscript(value=outer, slice=ast.Tuple(elts=inner)) if _last_name(outer) not in (
+            "Literal",
+            "Annotated",
+        ):
+            return ast.Subscript(outer, ast.Tuple([_written_out(one, module) for one in inner], ast.Load()), ast.Load())
+        case ast.Subscript(value=outer, slice=inner) if _last_name(outer) not in ("Literal", "Annotated"):
+            return ast.Subscript(outer, _written_out(inner, module), ast.Load())
+    return annotation
+
+
+def _alias(module: str, name: str) -> ast.expr | None:
+    """What a name of a module stands for in annotations; None where that is no type made of others.
+
+    Imports are followed within the package alone: those of typing or torch are known by their names.
+    """
+    for statement in _statements(_tree(module).body):
+        match statement:
+            case ast.Assign(targets=[ast.Name(id=assigned)], value=ast.Subscript() | ast.BinOp() as value):
+                if assigned == name:
+                    return _written_out(value, module)
+            case ast.ImportFrom():
+                source = _source_of(statement, module)
+                if source.partition(".")[0] == module.partition(".")[0]:
+                    for imported in statement.names:
+                        if (imported.asname or imported.name) == name and _spec(source) is not None:
+                            return _alias(source, imported.name)
+    return None
 
 
 def _resolve(module: str, dotted: str) -> _Found:

@@ -6,6 +6,7 @@ Frames 00 to 19 are what was there before, frame 20 is what an instruction made 
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -59,7 +60,7 @@ def list_raw(root: Path, allow_outside_root: bool = False) -> Listing:
     """The clips that the metadata file in `root` names, checked without opening a picture.
 
     Left out, with the reason: clips without text, outside the three splits, outside `root` unless that is allowed (then
-    the last part of a path that is a split counts), listed twice, or not complete.
+    the last part of a path that is a split counts), listed twice, not complete, or with two files of one frame.
     Raises UserError for a missing file, malformed JSON (with the line), or a file that lists nothing.
     """
     file = metadata_file(root)
@@ -120,7 +121,11 @@ def _name(row: Any) -> str:
 
 
 def _either(row: Any, key: str, other: str) -> Any:
-    return row.get(key, row.get(other)) if isinstance(row, dict) else None
+    """What the first of two keys says, or the second where the first is not there, null or blank."""
+    if not isinstance(row, dict):
+        return None
+    value = row.get(key)
+    return row.get(other) if value is None or (isinstance(value, str) and not value.strip()) else value
 
 
 def _clip(row: Any, root: Path, allow_outside_root: bool) -> EditClip:
@@ -147,6 +152,11 @@ def _frames(folder: Path) -> list[Frame]:
     except OSError as error:
         raise ValueError(f"its folder cannot be read ({error.strerror})") from error
     found = {Path(name).stem: folder / name for name in sorted(names)}
+    twice = Counter(Path(name).stem for name in names)
+    if several := [number for number in range(NUM_FRAMES) if twice[f"{number:02d}"] > 1]:
+        raise ValueError(
+            f"{numbers(several)} there as more than one file, such as .jpg and .png: delete the wrong ones"
+        )
     missing = [number for number in range(NUM_FRAMES) if f"{number:02d}" not in found]
     if missing:
         raise ValueError(f"{numbers(missing)} missing")

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -31,8 +31,9 @@ class FrameEdits:
     """Clips of 21 frames of which the last is to be made from those before it and a text.
 
     A sample is {"frames": [Source] * num_frames, oldest first, "target": Source, "prompt": str, "name": str such as
-    "train/move_object/video_01", "task": str such as "move_object"}. A source loads uint8 RGB (3, height, width), so a
-    loaded batch has "frames" (B, num_frames, 3, height, width) and "target" (B, 3, height, width).
+    "train/move_object/video_01", "task": str such as "move_object", "frame_numbers": [int] of frames and target}. A
+    source loads uint8 RGB (3, height, width), so a loaded batch has "frames" (B, num_frames, 3, height, width) and
+    "target" (B, 3, height, width).
     All 21 frames of a sample have one crop and one flip; the crop fills the frame, scaled up where the clip is small.
     Clips that are not complete or have no text are left out and reported.
 
@@ -43,6 +44,7 @@ class FrameEdits:
     split: "train" takes the split of this name, "validation" those that `held_out` names and the data have: both
     others by default. To judge on clips that chose no checkpoint, train with [val] and evaluate with [test].
     target_frame, condition_frames: numbers of frames, 0 to 20, in place of these: 1 and [0] are the published baseline.
+    The condition's rise and end before the target, for a network that is shown its answer learns to copy it.
     crop: "center", the largest box; or "random" for training, of a scale drawn from `crop_scale`, shares of the
     largest box. crop_variants: how many random crops a clip has, the same in each epoch, so that they can be cached;
     null draws anew each time.
@@ -105,8 +107,8 @@ class FrameEdits:
         """
         clip = self.clips[index]
         view = self._view(clip, draws)
-        texts = {"prompt": clip.prompt, "name": clip.name, "task": clip.task}
-        return {**self._sources(clip, view), **texts}
+        about = {"prompt": clip.prompt, "name": clip.name, "task": clip.task, "frame_numbers": self.frame_numbers}
+        return {**self._sources(clip, view), **about}
 
     def sources(self, index: int) -> dict[str, list[Source | str]]:
         """The text, and every picture that this entry can ask for: one for each crop and flip, none if crops are drawn
@@ -185,6 +187,11 @@ class FrameEdits:
         return f"{report}\ndataset  {folder}\nto train on it: paths.data={folder}"
 
     @property
+    def frame_numbers(self) -> list[int]:
+        """Of the condition's frames, oldest first, and of the target."""
+        return [*self.condition_frames, self.target_frame]
+
+    @property
     def _is_random(self) -> bool:
         return self.crop == "random" and self.split == "train"
 
@@ -214,7 +221,7 @@ class FrameEdits:
         return View(Draws(("crop variants", clip.name), [variant]), flipped, about)
 
     def _sources(self, clip: EditClip, view: "View") -> dict[str, Any]:
-        numbers = [*self.condition_frames, self.target_frame]
+        numbers = self.frame_numbers
         *frames, target = (
             Source(identity, partial(self._load, clip, number, view, identity), f"{clip.name}/{number:02d}")
             for number, identity in zip(numbers, self._identities(clip, view, numbers), strict=True)
@@ -272,10 +279,10 @@ class FrameEdits:
             problems.append(f"target_frame is {self.target_frame}, expected 0 to {NUM_FRAMES - 1}")
         if len(self.condition_frames) != num_frames:
             problems.append(f"condition_frames are {self.condition_frames}, expected num_frames = {num_frames} of them")
-        elif not all(0 <= number < NUM_FRAMES for number in self.condition_frames):
+        elif not _rises([-1, *self.frame_numbers]):
             problems.append(
-                f"condition_frames are {self.condition_frames}, expected 0 to {NUM_FRAMES - 1}: "
-                f"{self.target_frame} frames are before target_frame={self.target_frame}"
+                f"condition_frames are {self.condition_frames}, expected numbers from 0 that rise and end before the "
+                f"frame to be made: {self.target_frame} frames are before target_frame={self.target_frame}"
             )
         if self.crop not in ("random", "center"):
             problems.append(f"crop is {self.crop!r}, expected random or center")
@@ -321,6 +328,11 @@ def _range(frames: Sequence[int]) -> str:
     if list(frames) == list(range(frames[0], frames[-1] + 1)) and len(frames) > 1:
         return f"{frames[0]:02d} to {frames[-1]:02d}"
     return ", ".join(f"{number:02d}" for number in frames)
+
+
+def _rises(numbers: Sequence[int]) -> bool:
+    """Whether each number is above the one before."""
+    return all(earlier < later for earlier, later in pairwise(numbers))
 
 
 T = TypeVar("T")

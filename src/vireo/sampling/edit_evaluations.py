@@ -12,7 +12,7 @@ from vireo.metrics import psnr, ssim
 from vireo.pixels import as_8_bit, to_pixels
 from vireo.randomness import Draws
 from vireo.sampling.columns import Remembered
-from vireo.sampling.edits import EditSampler
+from vireo.sampling.edits import UNEVEN, EditSampler, evenly_spaced
 from vireo.sampling.evaluation import Evaluated
 
 TRUE, OTHER_TEXT, FROZEN = "prediction", "with another clip's text", "with the last frame as all history"
@@ -73,7 +73,7 @@ class RollOut:
     ones are copies of the oldest, which is harder than what the network was trained on. num_frames: K, at most N.
     Rows: {"frame", "line", "psnr", "ssim", "l1", "changed_l1", "changed_psnr", "changed_ssim", "known_frames"}, means
     over the clips. What changes is counted from the last known frame, see `EditSampler.measure`. known_frames:
-    N + 1 - K.
+    N + 1 - K. Where the frames are not evenly spaced, one row {"frame", "line", "note"} says that nothing is measured.
 
     clips, batch_size: as for `Counterfactuals`.
     """
@@ -89,6 +89,8 @@ class RollOut:
         editor, known = _editor(given.sampler), 0
         found: dict[tuple[int, str], dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
         for _, batch, draws in _batches(_first(given, self.clips), self.batch_size):
+            if not evenly_spaced(batch):
+                return [{"frame": "all", "line": "all", "note": f"not measured: {UNEVEN}"}]
             columns = editor.within(given.network, given.encoder, given.encoder(batch, draws), draws, self.num_frames)
             length = columns["target"].shape[1]
             known = batch["frames"].shape[1] + 1 - length

@@ -1,8 +1,10 @@
 """The frame after a clip, made from the clip and an instruction."""
 
+import logging
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +15,13 @@ from vireo.metrics import decibels, mean_where, ssim_map
 from vireo.pixels import as_8_bit, to_pixels, to_uint8
 from vireo.randomness import Draws
 from vireo.sampling.denoising_loop import denoise
-from vireo.sampling.roll_out import Recycle, padded, roll_out
+from vireo.sampling.roll_out import Noise, Recycle, check_choice, padded, roll_out
 from vireo.sampling.sampler import Sampler
 
+logger = logging.getLogger(__name__)
+
 SHOWN_INPUTS = 3  # 00, 10 and 19 of 20 frames
+UNEVEN = "the frames of data.condition_frames and the one to be made are not evenly spaced, so no window can move on"
 
 
 class EditSampler(Sampler):
@@ -27,6 +32,7 @@ class EditSampler(Sampler):
     inputs: names of the network's conditions in the batch. One with a `null_<name>` beside it is text, the others are
         pictures, whose null is zero.
     num_inference_steps, text_guidance, image_guidance: the published ones by default, and the published scheduler.
+    further_guidance: pairs of text_guidance and image_guidance, each of which is a further column by the same noise.
     change_threshold: a pixel counts as changed where one of its colours differs by more than this from the last frame,
         in [0, 1]; 0.1 is above what video codecs and sensors do to a still picture.
     roll_out_frames: length of the roll-outs that `vireo sample` shows, at most the number of condition frames.
@@ -34,7 +40,8 @@ class EditSampler(Sampler):
     recycle: how a new frame comes back as a condition, see `vireo.sampling.roll_out`.
 
     All columns are float32 in [0, 1]; "inputs" is (B, up to 3, 3, H, W), the others (B, 1, 3, H, W): target,
-    prediction, vae (the target through the VAE, which is the ceiling) and "copy-last vae". Raises UserError for
+    prediction, one such as "text 3 image 1.5" for each further pair, vae (the target through the VAE, which is the
+    ceiling) and "copy-last vae". Raises UserError for
     settings that make no sense.
     """
 
@@ -51,22 +58,29 @@ class EditSampler(Sampler):
         scheduler_settings: Mapping[str, Any] | None = None,
         change_threshold: float = 0.1,
         roll_out_frames: int = 8,
-        roll_out_noise: Literal["same", "new"] = "new",
+        roll_out_noise: Noise = "new",
         recycle: Recycle = "pixels",
+        further_guidance: Sequence[tuple[float, float]] = (),
     ) -> None:
         if num_inference_steps < 1 or roll_out_frames < 1:
             found = f"num_inference_steps={num_inference_steps}, roll_out_frames={roll_out_frames}"
             raise UserError(f"the sampler needs at least one step and one frame, got {found}")
+        check_choice("roll_out_noise", roll_out_noise, Noise)
+        check_choice("recycle", recycle, Recycle)
         self.noise_schedule = noise_schedule
         self.inputs = list(inputs)
         self.num_inference_steps = num_inference_steps
         self.guidance = TwoScaleGuidance(text_guidance, image_guidance)
+        self.further_guidance = {
+            f"text {text:g} image {image:g}": TwoScaleGuidance(text, image) for text, image in further_guidance
+        }
         self.scheduler = scheduler
         self.scheduler_settings = dict(scheduler_settings or {})
         self.change_threshold = change_threshold
         self.roll_out_frames = roll_out_frames
         self.roll_out_noise = roll_out_noise
         self.recycle = recycle
+        self._has_told = False  # why there is no roll-out, once for all clips
 
     @torch.no_grad()
     def __call__(self, network: nn.Module, encoder: Any, batch: dict, draws: Draws) -> dict[str, Tensor]:
@@ -81,6 +95,10 @@ class EditSampler(Sampler):
             "inputs": to_pixels(frames[:, shown.to(frames.device)], low=0.0),
             "target": to_pixels(batch["target"][:, None], low=0.0),
             "prediction": self.predict(network, encoder, batch, draws),
+            **{
+                title: _decoded(encoder, self.sample(network, batch, draws, guidance=guidance))
+                for title, guidance in self.further_guidance.items()
+            },
             "vae": _decoded(encoder, _mode(batch["target_moments"]) * factor),
             "copy-last vae": _decoded(encoder, batch["condition_latents"][:, -1] * factor),
         }
@@ -91,14 +109,23 @@ class EditSampler(Sampler):
         return _decoded(encoder, self.sample(network, batch, draws))
 
     @torch.no_grad()
-    def sample(self, network: nn.Module, batch: Mapping[str, Any], draws: Draws, number: int = 0) -> Tensor:
+    def sample(
+        self,
+        network: nn.Module,
+        batch: Mapping[str, Any],
+        draws: Draws,
+        number: int = 0,
+        guidance: TwoScaleGuidance | None = None,
+    ) -> Tensor:
         """Scaled latents (B, C, h, w) of the next frame, given the batch's conditions.
 
         number: which frame of a roll-out this is; it has noise of its own where roll_out_noise is "new".
+        guidance: another one than the sampler's own.
         """
+        guidance = guidance or self.guidance
         given = {name: batch[name] for name in self.inputs}
         null_text = {name: batch[f"null_{name}"] for name in given if f"null_{name}" in batch}
-        conditions = self.guidance.conditions(
+        conditions = guidance.conditions(
             {name: value for name, value in given.items() if name not in null_text},
             {name: value for name, value in given.items() if name in null_text},
             null_text,
@@ -108,7 +135,7 @@ class EditSampler(Sampler):
             network,
             self.noise_schedule.scheduler(self.scheduler, **self.scheduler_settings),
             draws.normal(f"sampling noise{own}", *batch["condition_latents"].shape[2:]),
-            self.guidance,
+            guidance,
             conditions,
             self.num_inference_steps,
             draws.generators(f"sampling steps{own}"),
@@ -139,7 +166,8 @@ class EditSampler(Sampler):
         """A roll-out whose truth is known: target, prediction and copy-last, float32 (B, K, 3, H, W) in [0, 1].
 
         The batch knows N + 1 frames, so a roll-out of the last K of them starts from the N + 1 - K before; the window's
-        missing frames are copies of the oldest. K: `num_frames`, at most N.
+        missing frames are copies of the oldest. K: `num_frames`, at most N. The frames must be `evenly_spaced`:
+        only then is what follows a window that has moved on the frame that the network was trained to make.
         """
         frames = torch.cat([batch["frames"], batch["target"][:, None]], dim=1)
         length = batch["frames"].shape[1]
@@ -154,7 +182,15 @@ class EditSampler(Sampler):
         }
 
     def videos(self, network: nn.Module, encoder: Any, batch: dict, draws: Draws) -> dict[str, dict[str, Tensor]]:
-        """A roll-out beside the truth and beside the last frame held, see `within`; none of a single frame."""
+        """A roll-out beside the truth and beside the last frame held, see `within`.
+
+        None of a single frame, nor where the frames are not evenly spaced, which is told.
+        """
+        if not evenly_spaced(batch):
+            if not self._has_told:
+                logger.warning("there is no roll-out: %s", UNEVEN)
+            self._has_told = True
+            return {}
         columns = self.within(network, encoder, batch, draws, self.roll_out_frames)
         return {"roll_out": columns} if columns["target"].shape[1] > 1 else {}
 
@@ -203,6 +239,17 @@ class EditSampler(Sampler):
         """Pixels of the target that differ from the last frame by more than the threshold, bool (B, 1, 1, H, W)."""
         target, last = (to_pixels(frames, low=0.0) for frames in (batch["target"], batch["frames"][:, -1]))
         return ((target - last).abs().amax(dim=1, keepdim=True) > self.change_threshold)[:, None]
+
+
+def evenly_spaced(batch: Mapping[str, Any]) -> bool:
+    """Whether the target follows the last frame at the distance at which all frames follow one another.
+
+    batch: "frame_numbers", for each clip those of its frames and its target; without, they are consecutive.
+    """
+    return all(
+        len({later - earlier for earlier, later in pairwise(numbers)}) == 1
+        for numbers in batch.get("frame_numbers", ())
+    )
 
 
 def _mode(moments: Tensor) -> Tensor:

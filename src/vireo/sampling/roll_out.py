@@ -1,12 +1,15 @@
 """One frame after the other, each made from those before it."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from vireo.errors import UserError
+
 Recycle = Literal["pixels", "latents"]
+Noise = Literal["same", "new"]
 
 
 def roll_out(
@@ -25,8 +28,9 @@ def roll_out(
     sample: scaled latents (B, C, h, w) of the frame after a window; also gets the frame's number, from 0.
     decode: scaled latents to uint8 frames (B, 3, H, W). encode: back, to the posterior's mode, not scaled.
     recycle: "pixels" feeds back what a viewer would see, as training does. "latents" saves the round trip through the
-        VAE, and differs a little from training.
+        VAE, and differs a little from training. Raises UserError for another one.
     """
+    check_choice("recycle", recycle, Recycle)
     frames = []
     for number in range(num_frames):
         latents = sample(window, number)
@@ -35,6 +39,12 @@ def roll_out(
             latest = encode(frames[-1]) if recycle == "pixels" else latents / scaling_factor
             window = torch.cat([window[:, 1:], latest[:, None]], dim=1)
     return torch.stack(frames, dim=1)
+
+
+def check_choice(name: str, value: Any, choices: Any) -> None:
+    """Raises UserError for a value that is none of a `Literal`'s."""
+    if value not in get_args(choices):
+        raise UserError(f"{name} is {value!r}; expected {' or '.join(map(repr, get_args(choices)))}")
 
 
 def padded(history: Tensor, length: int) -> Tensor:

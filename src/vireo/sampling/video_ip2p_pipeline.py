@@ -24,7 +24,7 @@ from vireo.diffusion.guidance import TwoScaleGuidance
 from vireo.errors import UserError
 from vireo.pixels import to_pixels, to_uint8
 from vireo.sampling.denoising_loop import denoise
-from vireo.sampling.roll_out import Recycle, padded, roll_out
+from vireo.sampling.roll_out import Noise, Recycle, check_choice, padded, roll_out
 
 VAE_BATCH = 8  # frames that are encoded at once: 21 of 512 x 512 would cost several GB
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -115,6 +115,7 @@ class VideoInstructPix2PixPipeline(DiffusionPipeline):
         Returns `images`: a list of PIL pictures; np: float32 (B, H, W, 3) in [0, 1]; pt: float32 (B, 3, H, W) in
         [0, 1]; latent: (B, C, h, w), scaled. Raises UserError for arguments that do not fit.
         """
+        _check_steps(num_inference_steps)
         window = self._window(frames, repeat_oldest)
         window, prompts = self._matched(window, prompt, output_type)
         guidance = TwoScaleGuidance(guidance_scale, image_guidance_scale)
@@ -144,7 +145,7 @@ class VideoInstructPix2PixPipeline(DiffusionPipeline):
         negative_prompt: str | Sequence[str] = "",
         repeat_oldest: bool = False,
         generator: Generator = None,
-        noise: Literal["same", "new"] = "new",
+        noise: Noise = "new",
         recycle: Recycle = "pixels",
         eta: float = 0.0,
         output_type: Literal["pil", "np", "pt"] = "pil",
@@ -160,6 +161,9 @@ class VideoInstructPix2PixPipeline(DiffusionPipeline):
             raise UserError(
                 f"a roll-out has at least one frame, as pil, np or pt; got {num_frames} and {output_type!r}"
             )
+        _check_steps(num_inference_steps)
+        check_choice("noise", noise, Noise)
+        check_choice("recycle", recycle, Recycle)
         window = self._window(frames, repeat_oldest)
         window, prompts = self._matched(window, prompt, output_type)
         guidance = TwoScaleGuidance(guidance_scale, image_guidance_scale)
@@ -276,8 +280,17 @@ class VideoInstructPix2PixPipeline(DiffusionPipeline):
         return (self.vae.decode(latents, return_dict=False)[0].float() * 0.5 + 0.5).clamp(0, 1)
 
 
+def _check_steps(num_inference_steps: int) -> None:
+    if num_inference_steps < 1:
+        raise UserError(f"num_inference_steps is {num_inference_steps}: without a step the frame would be bare noise")
+
+
 def _from_pictures(frames: Any) -> Tensor:
     """uint8 (B, T, 3, H, W) from PIL pictures of one clip or from a list of clips."""
+    if not len(frames) or (isinstance(frames[0], Sequence) and not all(len(clip) for clip in frames)):
+        raise UserError(
+            "frames: there is no picture in it; PIL pictures of a clip, or a list of such lists, are expected"
+        )
     clips = [list(clip) for clip in frames] if isinstance(frames[0], Sequence) else [list(frames)]
     if {type(picture) for clip in clips for picture in clip if not isinstance(picture, Image.Image)}:
         raise UserError("frames: a list holds PIL pictures, or lists of PIL pictures; tensors are given whole")

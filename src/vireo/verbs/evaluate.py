@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 SHOWN = 3  # worst and best clips to show
 NOTES = {
     "pixels": "measured as in an 8-bit video",
-    "psnr": "the mean over a clip's frames; pooled_psnr is that of the clip's mean error",
+    "psnr": "the mean over a clip's frames",
+    "pooled_psnr": "of a clip's mean error; in a mean over clips, of the mean of their errors",
     "infinite psnr": "null for a clip; in the mean, as for single frames, what has no error counts as 100 dB",
 }
 
