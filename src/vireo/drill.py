@@ -17,7 +17,8 @@ from vireo import checkpoint, config, faults
 from vireo.config.instantiation import locate
 
 STEPS, EVERY, AT = 6, 2, 3  # of a drill: its length, from save to save, and the step (from 0) in which the fault comes
-UNEQUAL = ("seconds_per_step", "data_wait", "host_memory", "device_memory")  # figures that two equal runs differ in
+# Figures that two equal runs differ in.
+UNEQUAL = ("seconds_per_step", "data_wait", "host_memory", "device_allocated", "device_reserved", "device_memory")
 CLOSE = 1e-3  # relative, of losses, where the arithmetic is another one
 
 # What a drill changes in a composition.
