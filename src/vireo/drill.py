@@ -7,6 +7,7 @@ person or a batch system would. Used by `vireo drill` on a user's own compositio
 import json
 import math
 import os
+import shlex
 import signal
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 
 from vireo import checkpoint, config, faults
 from vireo.config.instantiation import locate
+from vireo.errors import UserError
 
 STEPS, EVERY, AT = 6, 2, 3  # of a drill: its length, from save to save, and the step (from 0) in which the fault comes
 # Figures that two equal runs differ in.
@@ -58,8 +60,17 @@ class Result(NamedTuple):
 
 
 def settings_of(words: Collection[str], outputs: Path) -> dict[str, Any]:
-    """The composition that `words` name, cut to a drill's length; its cache stays where it is."""
+    """The composition that `words` name, cut to a drill's length; its cache stays where it is.
+
+    Raises UserError for a chain, whose own composition is none of its stages'.
+    """
     whole = config.settings(list(words))
+    if whole["chain"]:
+        stages = config.stages(whole["chain"], list(words))
+        raise UserError(
+            f"experiment={whole['experiment']} is a chain of {len(stages)} stages, and a drill is of one run. Drill "
+            "each by itself:\n" + "\n".join(f"  vireo drill {shlex.join(of_stage)}" for of_stage in stages.values())
+        )
     cache = [f"cache.folder={whole['cache']['folder']}"] if whole["cache"]["enabled"] else []
     return config.settings([*words, *SHORT, *cache, "run=undisturbed", f"paths.outputs={outputs}"])
 
