@@ -14,7 +14,7 @@ import torch._dynamo  # which torch's optimizers import
 import torchmetrics.functional.image  # noqa: F401
 
 from tests.sabotage import die_at  # noqa: F401
-from vireo import checkpoint, config, orphans, worker
+from vireo import checkpoint, config, drill, orphans, worker
 from vireo.console import set_up_logging
 
 # The TAEHV recipe on the mini world with a network of a few thousand parameters.
@@ -36,8 +36,7 @@ TINY = [
     "tracker=none",
     "loader.workers=0",
 ]
-# Of metrics.jsonl: the only figures that two equal runs differ in.
-TIMING = ("seconds_per_step", "data_wait", "host_memory", "device_memory")
+TIMING = drill.UNEQUAL  # of metrics.jsonl: the only figures that two equal runs differ in
 
 
 def make(outputs: Path, overrides: Sequence[str], shrunk: bool = True) -> Path:

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 
+from tests.toys import STATE
 from vireo import checkpoint
 from vireo.errors import UserError
 
@@ -17,13 +18,13 @@ PARTS = {
 
 def save(folder, *steps):
     for step in steps:
-        checkpoint.save(folder, step, PARTS, {"position": 2 * step})
+        checkpoint.save(folder, step, PARTS, {**STATE, "position": 2 * step})
 
 
 def test_round_trip(tmp_path):
     save(tmp_path, 5)
     found = checkpoint.latest(tmp_path)
-    assert found is not None and found.step == 5 and found.state == {"position": 10}
+    assert found is not None and found.step == 5 and found.state == {**STATE, "position": 10}
     assert torch.equal(found.tensors("network")["a"], PARTS["network"]["a"])
     assert found.tensors("ema") == {} and found.tensors("optimizer")["a|step"] == 3
 
@@ -65,6 +66,60 @@ def test_a_damaged_one_is_named_and_the_one_before_is_taken(tmp_path, caplog, da
     found = checkpoint.latest(tmp_path)
     assert found is not None and found.step == 1
     assert says in caplog.text and "step_00000002" in caplog.text
+
+
+def change(folder, change):
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"format": 99}, "format 99, this version of vireo reads 1"),
+        ({"step": -1}, "step is -1, expected a whole number from 0"),
+        ({"step": "2"}, "step is '2', expected a whole number"),
+        ({"step": 10**9}, "step is 1000000000, expected"),
+        ({"state": {}}, "its state lacks position"),
+    ],
+)
+def test_a_manifest_that_no_resume_could_use_is_damaged(tmp_path, changed, says):
+    save(tmp_path, 1, 2)
+    change(checkpoint.folder_of(tmp_path, 2), lambda manifest: manifest.update(changed))
+    with pytest.raises(UserError, match=says):
+        checkpoint.verify(checkpoint.folder_of(tmp_path, 2))
+    assert checkpoint.latest(tmp_path).step == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("position", -5),
+        ("position", True),
+        ("position", 2**70),
+        ("skipped", None),
+        ("usual_loss", float("nan")),
+        ("losses_seen", 1.5),
+        ("global_batch", 0),
+        ("strategy", []),
+        ("best", {"step": 1}),
+        ("best", {"step": 1, "value": "high"}),
+        ("frozen", None),
+        ("tracker_id", 7),
+        ("owes_validation", "no"),
+    ],
+)
+def test_so_is_a_state_with_a_value_that_no_run_has_written(tmp_path, key, value):
+    save(tmp_path, 2)
+    folder = checkpoint.folder_of(tmp_path, 2)
+    change(folder, lambda manifest: manifest["state"].update({key: value}))
+    with pytest.raises(UserError, match=f"{key} is .*, expected"):
+        checkpoint.verify(folder)
+    with pytest.raises(UserError, match=f"{key} is .*, expected"):
+        checkpoint.adopt(tmp_path / "other", folder)
+    assert checkpoint.steps(tmp_path / "other") == []
 
 
 def test_a_manifest_cannot_point_out_of_its_folder(tmp_path):

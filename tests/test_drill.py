@@ -1,9 +1,12 @@
 """Every fault, made for real, on one cheap recipe; tests/test_experiments.py has the worst ones on every recipe."""
 
+import shlex
+
 import pytest
 
 from tests import drills, runs
 from vireo import drill
+from vireo.errors import UserError
 
 TINY = [*(word for word in runs.TINY if not word.startswith(("steps=", "loader"))), "loader.workers=1"]
 
@@ -47,6 +50,15 @@ def test_memory_is_not_tried_again_where_others_wait_in_the_forward_pass(drilled
 @pytest.mark.parametrize("title", ["not-finite", "memory"])
 def test_so_do_two_processes(tmp_path, title):
     drills.two_ranks([*TINY, "loader.workers=0"], tmp_path, title)
+
+
+def test_a_chain_is_refused_with_the_command_of_each_stage(tmp_path):
+    with pytest.raises(UserError, match="experiment=diffueraser is a chain of 2 stages") as refused:
+        drill.settings_of(["experiment=diffueraser", "chain.stage2.lr=2e-5", "batch_size=2"], tmp_path)
+    commands = [shlex.split(line) for line in str(refused.value).splitlines() if line.startswith("  vireo drill ")]
+    made = [drill.settings_of(words, tmp_path) for _, _, *words in commands]
+    assert [one["experiment"] for one in made] == ["diffueraser_stage1", "diffueraser_stage2"]
+    assert made[1]["lr"] == 2e-5 != made[0]["lr"] and [one["batch_size"] for one in made] == [2, 2]
 
 
 def test_a_difference_is_seen(drilled, tmp_path):

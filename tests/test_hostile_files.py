@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from tests.toys import ToyNetwork
+from tests.toys import STATE, ToyNetwork
 from vireo import cache, checkpoint, config, json_files, lora, tensor_files, weights
 from vireo.errors import UserError
 from vireo.models import i3d, inception, saved_networks, wan_weights
@@ -56,7 +56,7 @@ def part(folder: Path, content: bytes) -> saved_networks.Part:
 
 def of_a_checkpoint(folder: Path, content: bytes) -> None:
     """With a manifest that is right."""
-    checkpoint.save(folder, 1, {"network": {"a": torch.ones(1)}}, {})
+    checkpoint.save(folder, 1, {"network": {"a": torch.ones(1)}}, STATE)
     made = checkpoint.folder_of(folder, 1)
     placed(made / "network.safetensors", content)
     manifest = json.loads((made / "manifest.json").read_text())
@@ -214,7 +214,7 @@ def test_shards_lie_beside_their_index(tmp_path):
     ],
 )
 def test_a_manifest_that_lies_is_refused(tmp_path, manifest, says):
-    checkpoint.save(tmp_path, 1, {"network": {"a": torch.ones(1)}}, {})
+    checkpoint.save(tmp_path, 1, {"network": {"a": torch.ones(1)}}, STATE)
     file = checkpoint.folder_of(tmp_path, 1) / "manifest.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **manifest}))
     with pytest.raises(UserError, match=says):
@@ -286,7 +286,7 @@ def test_a_target_does_not_lead_out_of_its_package(target):
 def test_a_network_of_a_hostile_init_from_keeps_its_weights(tmp_path):
     network = ToyNetwork()
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    checkpoint.save(tmp_path, 1, {"network": {"first.weight": torch.ones(2**10)}}, {})
+    checkpoint.save(tmp_path, 1, {"network": {"first.weight": torch.ones(2**10)}}, STATE)
     with pytest.raises(UserError, match="does not fit"):
         weights.initialize_from(network, weights.initial(str(tmp_path)))
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())

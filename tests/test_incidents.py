@@ -1,9 +1,11 @@
+import errno
 import math
 
 import pytest
 import torch
 
 from vireo import incidents
+from vireo.errors import UserError
 from vireo.faults import TooManyFaults
 from vireo.incidents import Incident, Verdicts
 
@@ -16,6 +18,26 @@ def test_what_was_written_is_read_back(tmp_path):
     back = incidents.read(tmp_path, 7)
     assert incidents.steps(tmp_path) == [7] and repr(back) == repr(incident)
     assert back.suspects() == ["loss"] and back.diagnosis() == "not finite: loss of rank 0, 1; samples: a, b"
+
+
+@pytest.mark.parametrize("kept", ["", '{"step": 7, "samp', "[]", '{"step": 7, "samples": [3]}', '{"terms": 1}'])
+def test_a_file_that_is_damaged_is_named_with_the_others(tmp_path, kept):
+    for step in (3, 7, 9):
+        incidents.write(tmp_path, Incident(step, [(0, "a")], [{"loss": NAN}], 1))
+    (tmp_path / incidents.FOLDER / "step_00000007.json").write_text(kept)
+    with pytest.raises(UserError, match=r"step 7 cannot be read: .*step_00000007.json.*: step=3, step=9$"):
+        incidents.read(tmp_path, 7)
+
+
+def test_one_that_a_full_disk_cuts_off_is_not_kept(tmp_path, monkeypatch):
+    def full(path, text):
+        path.write_bytes(text[:20].encode())
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    with pytest.raises(OSError, match="No space"):
+        incidents.write(tmp_path, Incident(7, [(0, "a")], [{"loss": NAN}], 1))
+    assert incidents.steps(tmp_path) == []
 
 
 def test_a_folder_of_incidents_does_not_grow_for_ever(tmp_path):

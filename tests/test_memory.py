@@ -97,5 +97,20 @@ def test_memory_that_grows_is_told_once_for_each_time_that_it_has(monkeypatch, c
     assert told == [40, 70]
 
 
+def test_so_is_that_of_the_device_and_not_for_its_peak(monkeypatch, caplog):
+    used = {0: 1, 20: 4, 30: 6.9, 40: 7.1, 50: 7.2, 60: 12}  # in GiB, by step
+    creep, told = memory.Creep(), []
+    monkeypatch.setattr(memory, "_resident", lambda: memory.GIB)
+    for step, size in used.items():
+        here = {"device_allocated": int(size * memory.GIB), "device_reserved": 0, "device_memory": 80 * memory.GIB}
+        monkeypatch.setattr(memory, "_on_gpu", lambda device, here=here: here)
+        figures = creep.look(step, torch.device("cuda"))
+        assert figures["device_allocated"] == pytest.approx(size) and figures["device_memory"] == 80
+        told += [step] * len(caplog.records)
+        assert all("tensors on the device take" in record.getMessage() for record in caplog.records)
+        caplog.clear()
+    assert told == [40, 60]
+
+
 def test_memory_in_use_is_that_of_all_processes():
     assert memory._resident() > psutil.Process().memory_info().rss * 0.9

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests import wan
+from tests.toys import STATE
 from vireo import checkpoint, objects, weights
 from vireo.errors import UserError
 from vireo.freezing import FreezePolicy
@@ -36,7 +37,7 @@ def trained(base, adapter=None, patterns=NEW):
 def save(made, run):
     """A checkpoint as a run's, of step 3."""
     state = weights.trained_state(made, made.state_dict())
-    return checkpoint.save(run, 3, {"network": state}, {"frozen": weights.frozen_digest(made)})
+    return checkpoint.save(run, 3, {"network": state}, {**STATE, "frozen": weights.frozen_digest(made)})
 
 
 def same(one, two):

@@ -1,6 +1,9 @@
 import json
 import sys
 
+from tests import runs
+from vireo import checkpoint, config
+from vireo.mini import world
 from vireo.tracking import Log, MetricsFile, TensorBoard, Tracker, Wandb, read_metrics
 
 ABOUT = {"name": "run", "config": {"lr": 0.1}, "notes": "a note", "tags": ["one"], "run_id": None, "step": 0}
@@ -50,6 +53,32 @@ def test_a_tracker_that_fails_never_stops_the_run(tmp_path, caplog):
     log.finish()
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
     assert caplog.text.count("switched off") == 1 and "no route" in caplog.text
+
+
+def test_a_service_that_is_down_at_one_start_costs_no_run_id(tmp_path):
+    """The next start goes on in the same curve."""
+    from vireo import objects
+
+    class Service(Broken):
+        def start(self, run_id, **about):
+            if down:  # of the loop below, at this start
+                raise ConnectionError("no route")
+            return run_id or "curve"
+
+        log = picture = finish = lambda *about: None
+
+    def use():
+        objects.tracker = lambda settings: Service()
+
+    world.ensure()
+    folder, known = runs.make(tmp_path, ["steps=5", "validation.every=null", "validation.at_start=false"]), []
+    for last in (2, 4, 5):
+        down = last == 4
+        settings = config.load_resolved(folder / "resolved.yaml")
+        config.save_resolved({**settings, "preempt_at": last}, folder / "resolved.yaml")
+        assert runs.work(folder, use) == (75 if last < 5 else 0)
+        known.append(checkpoint.latest(folder).state["tracker_id"])
+    assert known == ["curve"] * 3
 
 
 def test_tensorboard_gets_figures_notes_and_tags(tmp_path):

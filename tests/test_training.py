@@ -223,6 +223,32 @@ def test_out_of_memory_is_tried_again_in_smaller_pieces_with_the_same_gradient(f
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+class LargeForTheMachine(Large):
+    """Asks for more than any machine has, from torch or, as decoders do, from Python."""
+
+    def __init__(self, asks):
+        super().__init__(fits=3)
+        self.asks = asks
+
+    def __call__(self, network, batch, draws):
+        try:
+            return super().__call__(network, batch, draws)
+        except torch.OutOfMemoryError:
+            self.asks()
+
+
+@pytest.mark.parametrize("asks", [lambda: torch.empty(1 << 45), lambda: bytearray(1 << 60)], ids=["torch", "python"])
+def test_so_is_the_memory_of_the_machine(asks):
+    expected, found = run(batch_size=5)[2], run(batch_size=5, loss=LargeForTheMachine(asks))[2]
+    assert found[6]["memory_retries"] == 1
+    torch.testing.assert_close(losses(found), losses(expected), rtol=1e-6, atol=0)
+
+
+def test_another_error_of_torch_is_not_taken_for_it():
+    with pytest.raises(RuntimeError, match="shape"):
+        run(loss=LargeForTheMachine(lambda: torch.ones(2).view(3)), batch_size=5)
+
+
 def test_pieces_and_accumulation():
     _, _, expected, _ = run(batch_size=3, accumulation=2)
     torch.testing.assert_close(

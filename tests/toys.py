@@ -13,6 +13,20 @@ from vireo.pixels import to_pixels
 from vireo.randomness import Draws
 from vireo.sampling.sampler import Sampler
 
+# What a checkpoint knows beside its tensors.
+STATE = {
+    "position": 2,
+    "skipped": 0,
+    "usual_loss": 0.5,
+    "losses_seen": 1,
+    "global_batch": 2,
+    "strategy": {},
+    "best": None,
+    "frozen": "",
+    "tracker_id": None,
+    "owes_validation": False,
+}
+
 
 class ToyNetwork(Network):
     """One 3x3 convolution over frames: (B, T, 3, H, W) -> (B, T, 3, H, W)."""

@@ -11,10 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,8 +27,9 @@ if TYPE_CHECKING:  # the launcher's parent lists checkpoints and must start with
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 1  # of manifests
 _NAME = re.compile(r"step_(\d{8})")
+LAST = 10**8 - 1  # the last step that has a folder's name
 MARGIN = 64 * 2**20  # bytes that must stay free beside a new checkpoint
 
 
@@ -95,10 +97,17 @@ def verify(folder: Path) -> Checkpoint:
         raise UserError(f"{folder}: not a checkpoint, manifest.json is missing")
     manifest = json_files.read(path)
     try:
-        step, state = int(manifest["step"]), dict(manifest["state"])
+        made_as, step, state = manifest["format"], manifest["step"], dict(manifest["state"])
         files = {name: {"size": about["size"], "sha256": about["sha256"]} for name, about in manifest["files"].items()}
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{path}: damaged manifest ({type(error).__name__}: {error})") from None
+    if made_as != FORMAT:
+        raise UserError(
+            f"{path}: format {made_as!r:.40}, this version of vireo reads {FORMAT}; go on with the other one"
+        )
+    if not _is_count(step) or step > LAST:
+        raise UserError(f"{path}: damaged manifest (step is {step!r:.40}, expected a whole number from 0 to {LAST})")
+    _check_state(path, {"owes_validation": False, **state})  # which older ones do not say
     if _NAME.fullmatch(folder.name) and folder.name != f"step_{step:08d}":
         raise UserError(f"{path}: it says step {step}, its folder another one")
     for name, expected in files.items():
@@ -110,6 +119,44 @@ def verify(folder: Path) -> Checkpoint:
         if _identity(file) != expected:
             raise UserError(f"{file}: its SHA-256 is not the manifest's; the file was changed or damaged")
     return Checkpoint(folder, step, state)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_best(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, dict) and _is_count(value.get("step")) and _is_finite(value.get("value"))
+    )
+
+
+# What a resume reads of the state: what it is for people, and whether a value can be it.
+_STATE: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    "position": ("a whole number from 0", _is_count),
+    "skipped": ("a whole number from 0", _is_count),
+    "usual_loss": ("a finite number", _is_finite),
+    "losses_seen": ("a whole number from 0", _is_count),
+    "global_batch": ("a whole number from 1", lambda value: _is_count(value) and value > 0),
+    "strategy": ("an object", lambda value: isinstance(value, dict)),
+    "best": ("null, or a step and a finite value", _is_best),
+    "frozen": ("a hash", lambda value: isinstance(value, str)),
+    "tracker_id": ("null, or a word", lambda value: value is None or isinstance(value, str)),
+    "owes_validation": ("true or false", lambda value: isinstance(value, bool)),
+}
+
+
+def _check_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Raise UserError for what a resume could not go on from: no hash covers the manifest itself."""
+    for key, (expected, can_be) in _STATE.items():
+        if key not in state:
+            raise UserError(f"{path}: damaged manifest (its state lacks {key}, {expected})")
+        if not can_be(state[key]):
+            raise UserError(f"{path}: damaged manifest ({key} is {state[key]!r:.40}, expected {expected})")
 
 
 def steps(run_folder: Path) -> list[int]:

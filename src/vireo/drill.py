@@ -7,6 +7,7 @@ person or a batch system would. Used by `vireo drill` on a user's own compositio
 import json
 import math
 import os
+import shlex
 import signal
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -15,9 +16,11 @@ from typing import Any, NamedTuple
 
 from vireo import checkpoint, config, faults
 from vireo.config.instantiation import locate
+from vireo.errors import UserError
 
 STEPS, EVERY, AT = 6, 2, 3  # of a drill: its length, from save to save, and the step (from 0) in which the fault comes
-UNEQUAL = ("seconds_per_step", "data_wait", "host_memory", "device_memory")  # figures that two equal runs differ in
+# Figures that two equal runs differ in.
+UNEQUAL = ("seconds_per_step", "data_wait", "host_memory", "device_allocated", "device_reserved", "device_memory")
 CLOSE = 1e-3  # relative, of losses, where the arithmetic is another one
 
 # What a drill changes in a composition.
@@ -57,8 +60,17 @@ class Result(NamedTuple):
 
 
 def settings_of(words: Collection[str], outputs: Path) -> dict[str, Any]:
-    """The composition that `words` name, cut to a drill's length; its cache stays where it is."""
+    """The composition that `words` name, cut to a drill's length; its cache stays where it is.
+
+    Raises UserError for a chain, whose own composition is none of its stages'.
+    """
     whole = config.settings(list(words))
+    if whole["chain"]:
+        stages = config.stages(whole["chain"], list(words))
+        raise UserError(
+            f"experiment={whole['experiment']} is a chain of {len(stages)} stages, and a drill is of one run. Drill "
+            "each by itself:\n" + "\n".join(f"  vireo drill {shlex.join(of_stage)}" for of_stage in stages.values())
+        )
     cache = [f"cache.folder={whole['cache']['folder']}"] if whole["cache"]["enabled"] else []
     return config.settings([*words, *SHORT, *cache, "run=undisturbed", f"paths.outputs={outputs}"])
 

@@ -151,7 +151,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory of the GPU, or of the machine, ran out."""
     import torch
 
-    return isinstance(error, torch.OutOfMemoryError | MemoryError)
+    # torch has no class of its own for the machine's memory: its message is all there is to know it by.
+    of_the_machine = isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return of_the_machine or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def give_memory_back() -> None:

@@ -4,7 +4,6 @@ Each one is written to `incidents/step_<n>.json` in the run's folder. Since ever
 seed and a sample's position, that is enough to make the step again: `vireo replay run=…`.
 """
 
-import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -14,8 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vireo import distributed
+from vireo import distributed, json_files
+from vireo.errors import UserError
 from vireo.faults import TooManyFaults
+from vireo.run_folder import write_json
 
 log = logging.getLogger(__name__)
 
@@ -108,8 +109,7 @@ def write(run_folder: Path, incident: Incident) -> None:
     folder.mkdir(exist_ok=True)
     # JSON has no NaN, so numbers that are not finite are words.
     terms = [{name: _number(value) for name, value in of_rank.items()} for of_rank in incident.terms]
-    path = folder / f"step_{incident.step:08d}.json"
-    path.write_text(json.dumps({**incident._asdict(), "terms": terms}, indent=1))
+    write_json(_file(run_folder, incident.step), {**incident._asdict(), "terms": terms})
     # By time: after a resume, steps that lie behind may stand in the folder already.
     by_age = sorted(folder.glob("step_*.json"), key=lambda path: (path.stat().st_mtime_ns, path.name))
     for old in by_age[:-MOST]:
@@ -122,10 +122,24 @@ def steps(run_folder: Path) -> list[int]:
 
 
 def read(run_folder: Path, step: int) -> Incident:
-    """An incident that `write` kept."""
-    kept: dict[str, Any] = json.loads((run_folder / FOLDER / f"step_{step:08d}.json").read_text())
-    terms = [{name: float(value) for name, value in of_rank.items()} for of_rank in kept["terms"]]
-    return Incident(kept["step"], [(p, name) for p, name in kept["samples"]], terms, kept["consecutive"])
+    """An incident that `write` kept. Raises UserError, which names the others, if its file is damaged."""
+    path = _file(run_folder, step)
+    try:
+        kept: dict[str, Any] = json_files.read(path)
+        terms = [{name: float(value) for name, value in of_rank.items()} for of_rank in kept["terms"]]
+        samples = [(int(position), str(name)) for position, name in kept["samples"]]
+        return Incident(int(kept["step"]), samples, terms, int(kept["consecutive"]))
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        problem = error if isinstance(error, UserError) else f"{path}: {type(error).__name__}: {error}"
+        others = ", ".join(f"step={other}" for other in steps(run_folder) if other != step) or "none"
+        raise UserError(
+            f"what was wrong with step {step} cannot be read: {problem}. The file is damaged; delete it. Others that "
+            f"are kept: {others}"
+        ) from None
+
+
+def _file(run_folder: Path, step: int) -> Path:
+    return run_folder / FOLDER / f"step_{step:08d}.json"
 
 
 def _number(value: float) -> float | str:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Mapping
+from typing import ClassVar
 
 import psutil
 import torch
@@ -69,34 +70,59 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 class Creep:
     """Notices memory that grows while a run goes on: what is never given back ends a run after hours.
 
-    Compared with what was in use at the first look after SETTLED steps; told when it has grown by half and by MARGIN,
-    then again when it has from there.
+    The host's and the device's are compared with what was in use at the first look after SETTLED steps; told when one
+    has grown by half and by MARGIN, then again when it has from there.
     """
 
     SETTLED, MARGIN = 20, GIB
+    WATCHED: ClassVar = {  # figures by name: who holds it, and what helps
+        "host_memory": (
+            "this process and its loader workers hold",
+            "Fewer loader.workers, a smaller cache.memory, or a restart (the same command) help",
+        ),
+        # Not the peak, which one long clip raises for good.
+        "device_allocated": (
+            "tensors on the device take",
+            "A restart (the same command) helps; in code of your own, a loss that is kept must be detached",
+        ),
+    }
 
     def __init__(self) -> None:
         self.started: int | None = None
-        self.before: int | None = None
+        self.before: dict[str, int] = {}
 
     def look(self, step: int, device: torch.device) -> dict[str, float]:
-        """GiB in use now: host_memory of this process and its loader workers, and device_memory, at most so far."""
-        used = _resident()
+        """GiB in use now: host_memory of this process and its loader workers; of a GPU device_allocated (by tensors),
+        device_reserved (by torch, for them and for later) and device_memory, the most that tensors had so far.
+        """
+        figures = {"host_memory": _resident(), **(_on_gpu(device) if device.type == "cuda" else {})}
         self.started = step if self.started is None else self.started
-        if self.before is None and step >= self.started + self.SETTLED:
-            self.before = used
-        elif self.before is not None and used > 1.5 * self.before + self.MARGIN:
+        if step >= self.started + self.SETTLED:
+            for name, (holder, cure) in self.WATCHED.items():
+                if name in figures:
+                    self._compare(name, figures[name], holder, cure)
+        return {name: size / GIB for name, size in figures.items()}
+
+    def _compare(self, name: str, used: int, holder: str, cure: str) -> None:
+        before = self.before.setdefault(name, used)
+        if used > 1.5 * before + self.MARGIN:
             log.warning(
-                "this process and its loader workers hold %s now, %s earlier: something keeps what it no longer needs. "
-                "Fewer loader.workers, a smaller cache.memory, or a restart (the same command) help",
+                "%s %s now, %s earlier: something keeps what it no longer needs. %s",
+                holder,
                 readable(used),
-                readable(self.before),
+                readable(before),
+                cure,
             )
-            self.before = used
-        figures = {"host_memory": used / GIB}
-        if device.type == "cuda":
-            figures["device_memory"] = torch.cuda.max_memory_allocated(device) / GIB
-        return figures
+            self.before[name] = used
+
+
+def _on_gpu(device: torch.device) -> dict[str, int]:
+    """Bytes that torch knows of."""
+    return {
+        "device_allocated": torch.cuda.memory_allocated(device),
+        "device_reserved": torch.cuda.memory_reserved(device),
+        "device_memory": torch.cuda.max_memory_allocated(device),
+    }
 
 
 def _resident() -> int:

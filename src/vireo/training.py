@@ -166,7 +166,9 @@ def _forward(
     """The objective of a batch on the host; None if memory ran out on this rank, where that can be tried again."""
     try:
         return loss(network, encoder(to_device(batch, strategy.device), draws), draws)
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not faults.is_out_of_memory(error):
+            raise
         if distributed.world_size() > 1 and not (strategy.forward_is_local and loss.is_local):
             raise  # other ranks wait inside their own forward pass, where no vote reaches them: see Room.noted
     # Here the exception, and with it everything its frames held, is gone.

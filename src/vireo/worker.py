@@ -189,7 +189,7 @@ class Run:
             path = self.folder / "metrics.jsonl"
             metrics_file = tracking.MetricsFile(path, progress.step, validated=not self.owes_validation)
             self.log = tracking.Log(metrics_file, objects.tracker(settings))
-            self.tracker_id = self.log.start(
+            started = self.log.start(
                 folder=self.folder,
                 name=self.folder.name,
                 config=config.public(settings),
@@ -198,6 +198,7 @@ class Run:
                 run_id=self.tracker_id,
                 step=progress.step,
             )
+            self.tracker_id = started or self.tracker_id  # where it does not start today, a later start goes on with it
             self.console = Console(self.steps, progress.step, self.global_batch)
             log.info("what learns:\n%s", self.learns)
             log.info(

@@ -2,7 +2,8 @@
 
 Try what happens to this composition when something goes wrong: it is trained for a few steps undisturbed, then once for
 each fault, which is made for real in its processes; then the same command is given again. Prints a table of faults,
-what was done and whether the run survived. Everything is written below <outputs>/drills, or out=.
+what was done and whether the run survived. A chain's stages are drilled one by one, by commands of their own.
+Everything is written below <outputs>/drills, or out=.
 """
 
 import contextlib
