@@ -166,6 +166,8 @@ def _code(about: Any) -> dict[str, str]:
 
 
 def _run_or_chain(settings: dict[str, Any], overrides: Sequence[str], swept: Sequence[str] = ()) -> Job:
+    # All processes of this command count max_hours from here: those of a chain's later stages, and those started again.
+    os.environ[processes.STARTED] = str(time.time())
     if not settings["chain"]:
         return run(settings, overrides)
     last: Job = chains.run(settings, overrides, swept, run)
@@ -204,12 +206,11 @@ def run(settings: dict[str, Any], overrides: Sequence[str]) -> Job:
             checkpoint.adopt(folder, named)
         if before:
             _tell_changes(folder, before, settings)
+        _forget_room(folder, settings)
         config.save_resolved(settings, folder / "resolved.yaml")
         run_folder.write_json(folder / "overrides.json", list(overrides))
         run_folder.write_json(folder / "environment.json", run_folder.environment() | {"job": ranks.job()})
         (folder / "finished").unlink(missing_ok=True)
-        if not again:  # memory may be free that was not
-            run_folder.room_file(folder).unlink(missing_ok=True)
         print(config.banner(settings, folder), flush=True)
         if settings["size"] == "mini":
             from vireo.mini import world as mini_world  # brings numpy, which --help and --cfg can do without
@@ -283,6 +284,13 @@ def _tell_changes(folder: Path, before: dict[str, Any], settings: dict[str, Any]
             log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} INFO {line}\n")
 
 
+def _forget_room(folder: Path, settings: dict[str, Any]) -> None:
+    """How many samples fit is known for one config only; any change may be the one that makes room."""
+    room, path = run_folder.room_file(folder), folder / "resolved.yaml"
+    if room.exists() and not (path.exists() and path.read_text(encoding="utf-8") == config.to_text(settings)):
+        room.unlink()
+
+
 def start(resolved: Path, launcher: dict[str, Any], held: int) -> int:
     """Run the workers of one resolved config to their end; returns their exit code.
 
@@ -292,7 +300,7 @@ def start(resolved: Path, launcher: dict[str, Any], held: int) -> int:
     """
     if ranks.started() is not None:
         return ranks.work(resolved)
-    started, count = time.time(), number_of_processes(launcher["processes"])
+    count = number_of_processes(launcher["processes"])
     if (gpus := len(devices.visible_gpus())) > count:
         print(
             f"{count} of {gpus} visible GPUs will be used. launcher.processes=auto uses all, with batch_size each: "
@@ -302,7 +310,7 @@ def start(resolved: Path, launcher: dict[str, Any], held: int) -> int:
     room = run_folder.room_file(resolved.parent)
     fit, restarts = faults.rows_that_fit(room), 0
     while True:
-        code = _start_once(resolved, count, held, started)
+        code = _start_once(resolved, count, held)
         if code in (faults.EXIT_FINISHED, faults.EXIT_MISTAKE, faults.EXIT_STOPPED, faults.EXIT_INTERRUPTED):
             return code
         before, fit = fit, faults.rows_that_fit(room)
@@ -316,10 +324,10 @@ def start(resolved: Path, launcher: dict[str, Any], held: int) -> int:
         print(f"starting again from the last checkpoint ({why})", flush=True)
 
 
-def _start_once(resolved: Path, count: int, held: int, started: float) -> int:
+def _start_once(resolved: Path, count: int, held: int) -> int:
     """On this machine, and on the others of a job that has several."""
     share, resend = submitted.share(resolved, count), submitted.inside()
-    return processes.run(resolved, count, share, held, resend=resend, started=started)
+    return processes.run(resolved, count, share, held, resend=resend)
 
 
 def number_of_processes(asked: int | str) -> int:

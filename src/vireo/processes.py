@@ -25,7 +25,7 @@ from vireo.run_folder import log_file, write_json
 GRACE = 10.0  # seconds in which the others may fail by themselves, and write why, after one process has
 SETTLE = 1.0  # seconds in which another machine says that it was its process that failed first
 POLL = 0.05  # seconds
-STARTED = "VIREO_STARTED"  # the variable that says when a run was started, in seconds since 1970
+STARTED = "VIREO_STARTED"  # the variable that says when a command was given, in seconds since 1970
 NOTES = "VIREO_FAILURES"  # the variable that names a folder with <rank>.json for each process that has failed
 
 
@@ -48,7 +48,6 @@ def run(
     held: int | None = None,
     obsolete: Callable[[], bool] = lambda: False,
     resend: bool = False,
-    started: float | None = None,
     entry: Sequence[str] = ("vireo.start_worker",),
 ) -> int:
     """Run `count` workers on a resolved config to their end; returns the exit code of the one that failed first.
@@ -60,8 +59,6 @@ def run(
 
     held: file descriptor of the run's lock, which the workers inherit. obsolete: asked now and then whether the workers
     should end, since those of another machine have.
-
-    started: when this run was, if not now, but started again after a fault.
 
     entry: the module that a worker is, and its arguments behind the parent's number and the config.
 
@@ -75,8 +72,7 @@ def run(
         for old in resolved.parent.glob(".failed-*"):
             shutil.rmtree(old)
     first = share.node * count
-    common = {NOTES: str(notes), STARTED: str(started or began)}
-    variables = [{**own, **common} for own in environment(count, share)]
+    variables = [{**own, NOTES: str(notes)} for own in environment(count, share)]
     workers = {first + k: _start(entry, resolved, first + k, variables[k], held) for k in range(count)}
 
     def needless() -> bool:

@@ -56,7 +56,6 @@ class Run:
 
     def __init__(self, settings: dict[str, Any], folder: Path, stop: faults.StopRequest) -> None:
         self.settings, self.folder, self.stop = settings, folder, stop
-        self.started_at = float(os.environ.get(processes.STARTED) or time.time())  # before any restart
         self.strategy = objects.strategy(settings)
         self.device = self.strategy.device
         _check_agreement(settings)
@@ -238,7 +237,7 @@ class Run:
                 log_every=settings["logging"]["every"],
                 max_consecutive_skips=settings["faults"]["max_consecutive_skips"],
                 max_loss_rise=settings["faults"]["max_loss_rise"],
-                room=faults.Room(run_folder.room_file(self.folder)),
+                room=self._room(),
                 bad_files=faults.BadFiles(
                     max(1, int(self.dataset.max_bad_fraction * len(self.dataset))),
                     run_folder.bad_samples_file(self.folder, distributed.rank()),
@@ -249,6 +248,19 @@ class Run:
                 record=self.record,
                 at_boundary=self.at_boundary,
             )
+
+    def _room(self) -> faults.Room:
+        """As much as an earlier start found to fit. The main process reads it: others may see an older file."""
+        path = run_folder.room_file(self.folder)
+        rows = distributed.gather(faults.rows_that_fit(path) if distributed.is_main() else None)[0]
+        if distributed.is_main() and rows is not None and rows < self.settings["batch_size"]:
+            log.info(
+                "samples are taken %d at a time, since memory ran out with more in an earlier start; the gradient "
+                "stays the same. To try whole batches again, delete %s or change the config",
+                rows,
+                path,
+            )
+        return faults.Room(path, rows)
 
     def _check_space(self) -> None:
         """Refuse (UserError) to train what cannot be saved; say so where it cannot be kept as often as asked."""
@@ -316,9 +328,7 @@ class Run:
         overdue = saving["every_minutes"] and time.monotonic() - self.saved_at > 60 * saving["every_minutes"]
         # Clocks differ between ranks; the main process's decides.
         overdue = distributed.gather(bool(overdue))[0] if saving["every_minutes"] else False
-        hours = self.settings["max_hours"]
-        out_of_time = hours is not None and time.time() - self.started_at > 3600 * hours
-        if out_of_time or progress.step + 1 == self.settings["preempt_at"]:
+        if progress.step + 1 == self.settings["preempt_at"]:
             self.stop.ask()  # all ranks hear of it in the next step, which is then the last one of this process
         if last or overdue or _due(progress.step, saving["every"]) or (improved and saving["keep_best"]):
             self.watchdog.between_steps()
@@ -518,6 +528,13 @@ def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
+def _deadline(hours: float | None) -> float | None:
+    """When so many hours of the command that this process works for are over, whatever was started again meanwhile."""
+    if hours is None:
+        return None
+    return float(os.environ.get(processes.STARTED) or time.time()) + 3600 * hours
+
+
 def _check_agreement(settings: dict[str, Any]) -> None:
     """All processes have the same config and the same sources, or this raises UserError: one machine may have another
     checkout, and what differs a little would train on for days.
@@ -551,7 +568,7 @@ def _main(path: Path, text: str | None) -> int:
     folder = path.parent
     try:
         settings = config.load_resolved(path) if text is None else config.from_text(text)
-        with faults.stop_on_signals() as stop:
+        with faults.stop_on_signals(_deadline(settings["max_hours"])) as stop:
             return Run(settings, folder, stop).train()
     except UserError as mistake:
         log.error("%s", mistake)
