@@ -185,6 +185,7 @@ class Run:
         """From the newest checkpoint to the end of the run; returns the exit code."""
         settings, progress = self.settings, self.resume()
         if distributed.is_main():
+            self._check_space()  # before anything is written
             path = self.folder / "metrics.jsonl"
             metrics_file = tracking.MetricsFile(path, progress.step, validated=not self.owes_validation)
             self.log = tracking.Log(metrics_file, objects.tracker(settings))
@@ -203,7 +204,6 @@ class Run:
                 "memory on each device:\n%s",
                 memory.table(self.strategy.on_device(self.sizes), memory.available(self.device)),
             )
-            self._check_space()
             if not len(self.held_out):
                 log.warning("no clip is held out, so nothing is validated and no checkpoint is the best one")
         if progress.step == 0:
