@@ -23,6 +23,21 @@ def fail_at(step: int) -> Callable[[], None]:
     return lambda: _in_step(step, 0, lambda: 1 / 0)
 
 
+def fill_the_disk_at(step: int) -> Callable[[], None]:
+    """Sabotage: in a step, the file system of the run is filled to its last byte by `filler` in the run's folder."""
+
+    def fill():
+        with open(Path(sys.argv[-1]).parent / "filler", "wb", buffering=0) as file:
+            for size in (2**20, 4096):
+                try:
+                    while file.write(bytes(size)):
+                        pass
+                except OSError as error:
+                    print(error)
+
+    return lambda: _in_step(step, 0, fill)
+
+
 def out_of_memory_in_forward(step: int) -> Callable[[], None]:
     """Sabotage: from a step on, memory is too little for the forward pass of more than one sample."""
 

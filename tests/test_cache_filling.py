@@ -1,6 +1,7 @@
 import multiprocessing
 import os
 import signal
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -154,12 +155,13 @@ def test_a_killed_filling_goes_on_where_it_stopped(tmp_path, data):
 
 
 def test_a_request_to_stop_is_heard_between_batches(tmp_path, data):
-    stop, encoder = faults.StopRequest(), Latents()
-    stop.signal = signal.SIGTERM
-    filled = cache_filling.fill(
-        cache_of(encoder, tmp_path / "cache"), splits(data), encoder, "toy", batch_size=2, stop=stop
-    )
-    assert filled.stopped and 0 < filled.encoded == len(list(entries(tmp_path / "cache"))) <= 2
+    encoder, asked = Latents(), faults.StopRequest()
+    asked.signal = signal.SIGTERM
+    for name, stop in (("asked", asked), ("late", faults.StopRequest(deadline=time.time() - 1))):
+        filled = cache_filling.fill(
+            cache_of(encoder, tmp_path / name), splits(data), encoder, "toy", batch_size=2, stop=stop
+        )
+        assert filled.stopped and 0 < filled.encoded == len(list(entries(tmp_path / name))) <= 2
 
 
 def test_two_processes_fill_at_once(tmp_path, data):

@@ -1,7 +1,9 @@
 """Chains from the command line: two stages of a tiny autoencoder, interrupted in either, swept, and looked at."""
 
 import json
+import os
 import signal
+import time
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from safetensors.torch import load_file
 
 from tests import runs
 from tests.test_launch import vireo  # noqa: F401 - a fixture
-from vireo import chains, checkpoint, config, faults, launch, ranks, run_folder
+from vireo import chains, checkpoint, config, faults, launch, processes, ranks, run_folder
 from vireo.errors import UserError
 
 CHAIN = [*runs.TINY, "steps=4", "chain.one.experiment=taehv", "chain.two.experiment=taehv", "chain.two.steps=5"]
@@ -108,6 +110,22 @@ def test_starting_afresh_leaves_the_earlier_runs(vireo, tmp_path):  # noqa: F811
     assert vireo("train", *CHAIN, "run=both", "resume=none")[0] == 0
     second = stages(tmp_path)
     assert len({path.resolve() for path in [*first.values(), *second.values()]}) == 4
+
+
+def test_the_hours_of_a_chain_are_counted_once(tmp_path, monkeypatch):
+    """Also those of a stage that starts again after preempt_at."""
+    started = []
+
+    def preempted_once(resolved, launcher, held):
+        started.append(os.environ[processes.STARTED])
+        time.sleep(0.01)
+        folder = resolved.parent
+        checkpoint.folder_of(folder, 2).mkdir(parents=True, exist_ok=True)
+        return faults.EXIT_FINISHED if len(started) % 2 == 0 else faults.EXIT_STOPPED
+
+    monkeypatch.setattr(launch, "start", preempted_once)
+    launch.train(*CHAIN, "preempt_at=2", f"paths.outputs={tmp_path}")
+    assert len(started) == 4 and len(set(started)) == 1
 
 
 def test_what_a_chain_cannot_do(monkeypatch, tmp_path):

@@ -1,6 +1,7 @@
 import errno
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,11 +47,21 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-7])
 
 
+def cut_before_it_was_hashed(folder):
+    """As a file system does that loses the end of a file without a word."""
+    path = folder / "network.safetensors"
+    cut(path)
+    about = json.loads((folder / "manifest.json").read_text())
+    about["files"][path.name] = checkpoint._identity(path)
+    (folder / "manifest.json").write_text(json.dumps(about))
+
+
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
         (lambda folder: flip(folder / "network.safetensors"), "SHA-256"),
         (lambda folder: cut(folder / "network.safetensors"), "cut off"),
+        (cut_before_it_was_hashed, "its tensors cannot be read"),
         (lambda folder: (folder / "optimizer.safetensors").unlink(), "missing"),
         (lambda folder: (folder / "manifest.json").unlink(), "manifest.json is missing"),
         (lambda folder: cut(folder / "manifest.json"), "malformed JSON"),
@@ -122,6 +133,30 @@ def test_so_is_a_state_with_a_value_that_no_run_has_written(tmp_path, key, value
     assert checkpoint.steps(tmp_path / "other") == []
 
 
+@pytest.mark.parametrize(
+    ("name", "place", "reader"),
+    [
+        ("network.safetensors", checkpoint, "_identity"),
+        ("network.safetensors", Path, "stat"),
+        ("manifest.json", Path, "is_file"),
+        ("manifest.json", Path, "read_text"),
+    ],
+)
+def test_one_that_the_disk_cannot_read_is_passed_over_too(tmp_path, monkeypatch, caplog, name, place, reader):
+    save(tmp_path, 1, 2)
+    bad, read = checkpoint.folder_of(tmp_path, 2) / name, getattr(place, reader)
+
+    def failing(path, *args, **kwargs):
+        if path == bad:
+            raise OSError(errno.EIO, "Input/output error")
+        return read(path, *args, **kwargs)
+
+    monkeypatch.setattr(place, reader, failing)
+    found = checkpoint.latest(tmp_path)
+    assert found is not None and found.step == 1
+    assert f"{bad} cannot be read: Input/output error" in caplog.text
+
+
 def test_a_manifest_cannot_point_out_of_its_folder(tmp_path):
     save(tmp_path, 1)
     path = checkpoint.folder_of(tmp_path, 1) / "manifest.json"
@@ -143,6 +178,27 @@ def test_a_save_that_fails_leaves_nothing_that_looks_complete(tmp_path, monkeypa
     with pytest.raises(OSError, match="No space"):
         save(tmp_path, 2)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
+
+
+def test_a_file_that_was_cut_off_while_it_was_written_is_no_checkpoint(tmp_path, monkeypatch):
+    """Its hash would be right, and retention would delete the good one before it."""
+    import safetensors.torch
+
+    save(tmp_path, 1)
+    whole = safetensors.torch.save_file
+
+    def writes_half(tensors, path, metadata):
+        whole(tensors, path, metadata)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+    def writes_fewer(tensors, path, metadata):
+        whole(dict(list(tensors.items())[:1]), path, metadata)
+
+    for writer, says in ((writes_half, "cannot be read"), (writes_fewer, "holds other tensors")):
+        monkeypatch.setattr(safetensors.torch, "save_file", writer)
+        with pytest.raises(OSError, match=f"network.safetensors was written, but {says}"):
+            save(tmp_path, 2)
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
 
 
 def test_too_little_space_is_found_before_writing(tmp_path, monkeypatch):

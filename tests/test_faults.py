@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from tests import ranks, runs
-from vireo import checkpoint, drill, faults, hangs, launch
+from vireo import checkpoint, drill, faults, hangs, launch, run_folder
 from vireo.mini import world
 
 PAIR = [*runs.TINY, "batch_size=1", "launcher.processes=2", "launcher.timeout=20", "validation.at_start=false"]
@@ -86,6 +86,18 @@ def test_memory_that_runs_out_while_others_wait_ends_the_group_and_smaller_piece
     assert "step 4 of 8" in log
     wanted, found = ([row["loss"] for row in runs.metrics(f) if "loss" in row] for f in (alone, done.folder))
     assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_processes_take_the_same_pieces_whatever_they_read(tmp_path):
+    """A network's file system may show one of them an older file."""
+
+    def the_second_sees_nothing():
+        if os.environ["RANK"] == "1":
+            faults.rows_that_fit = lambda path: None
+
+    folder = runs.make(tmp_path, [*PAIR[len(runs.TINY) :], "batch_size=2", "steps=2", "validation.every=null"])
+    run_folder.write_json(run_folder.room_file(folder), {"rows": 1})
+    assert ranks.work([folder], the_second_sees_nothing) == [[faults.EXIT_FINISHED] * 2]
 
 
 @pytest.mark.full

@@ -1,12 +1,16 @@
 """A disk that is full for a while: nothing that a run writes may end it, nor change what it learns."""
 
+import errno
+import logging
+import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests import runs
-from vireo import checkpoint, faults
+from vireo import checkpoint, config, console, faults, launch, run_folder
+from vireo.errors import UserError
 from vireo.mini import world
 
 WORDS = ["checkpoint.every=1", "checkpoint.keep_last=2", "faults.max_consecutive_save_failures=9"]
@@ -112,6 +116,71 @@ def test_what_is_written_last_is_written_by_the_same_command_again(tmp_path, und
     assert runs.work(folder) == 0
     assert (folder / "finished").exists() and (folder / "curves.png").exists()
     assert runs.metrics(folder) == runs.metrics(undisturbed)
+
+
+@pytest.fixture(scope="module")
+def settings():
+    return config.settings([*runs.TINY, "run=early"])
+
+
+@pytest.mark.parametrize("what", ["probe", "lock", "config", "notes"])
+def test_a_disk_that_is_full_at_the_start_is_told_with_the_folder(tmp_path, monkeypatch, settings, what):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    opened = lambda path, *args: full() if str(path).endswith(".lock") else open(path, *args)  # noqa: E731, SIM115
+    writers = {
+        "probe": (os, "fsync", full),
+        "lock": (run_folder, "open", opened),
+        "config": (config, "save_resolved", full),
+        "notes": (run_folder, "write_json", full),
+    }
+    monkeypatch.setattr(*writers[what], raising=False)
+    outputs = {**settings, "paths": {**settings["paths"], "outputs": str(tmp_path)}}
+    with pytest.raises(UserError, match=r"early.* \(No space left on device\); free some space.*paths.outputs=…"):
+        launch.run(outputs, [])
+
+
+def test_a_log_that_cannot_be_written_says_so_once_and_goes_on(tmp_path, capfd):
+    """Not with a traceback for each line."""
+    (tmp_path / "train.log").symlink_to("/dev/full")
+    log = console.LogFile(tmp_path / "train.log")
+    for number in range(1000):
+        log.handle(logging.makeLogRecord({"msg": f"line {number}"}))
+    said = capfd.readouterr().err
+    assert (
+        said
+        == f"{tmp_path}/train.log cannot be written: No space left on device; lines are lost until there is space\n"
+    )
+    os.dup2(os.open(tmp_path / "space", os.O_WRONLY | os.O_CREAT), log.stream.fileno())
+    log.handle(logging.makeLogRecord({"msg": "the last line"}))
+    log.close()
+    assert (tmp_path / "space").read_text().endswith("\nthe last line\n")
+
+
+def test_a_run_ends_with_a_message_on_a_disk_that_stays_full(tmp_path, disturbed, capfd):
+    """Workers, logs, notes of failures and restarts: nothing ends in the parent's traceback."""
+    place = tmp_path / "mount"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=90m", "tmpfs", str(place)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("this user may not mount")
+    disturbed("fill_the_disk_at", 3)
+    words = [*runs.TINY, "checkpoint.every=1", "faults.max_consecutive_save_failures=2", "validation.every=null"]
+    words += [f"paths.outputs={place}", "run=full", "launcher.restarts=1", "validation.at_start=false"]
+    try:
+        done = launch.train(*words)
+        said = "".join(capfd.readouterr())
+        assert done.exit_code == faults.EXIT_MISTAKE, said  # that of the second start
+        assert "starting again from the last checkpoint (1 of 1)" in said
+        assert "2 checkpoints in a row could not be saved" in said and "0 MiB free, but a checkpoint" in said, said
+        assert "Logging error" not in said and "Traceback" not in said, said
+        with pytest.raises(UserError, match="No space left on device.*free some space"):
+            launch.train(*words)
+        (done.folder / "filler").unlink()
+        assert runs.work(done.folder) == 0 and checkpoint.latest(done.folder).step == 8
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
 
 
 def test_a_small_disk(tmp_path, undisturbed, capfd):

@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from tests import runs
-from vireo import checkpoint, cli, launch
+from vireo import checkpoint, cli, faults, launch, run_folder
 from vireo.mini import world
 
 ROOT = Path(__file__).parents[1]
@@ -313,16 +313,31 @@ def test_workers_that_are_killed_start_again_from_the_newest_checkpoint(tmp_path
         assert lost.exit_code == 137 and checkpoint.latest(lost.folder).step == 6
 
 
+def test_what_fits_into_memory_is_remembered_until_the_config_changes(vireo, tmp_path, monkeypatch):
+    """Else the same command would run out again, for ever, where somebody else starts the processes."""
+    fit, work = [], launch.start
+
+    def runs_out(resolved, launcher, held):
+        room = run_folder.room_file(resolved.parent)
+        fit.append(faults.rows_that_fit(room))
+        run_folder.write_json(room, {"rows": 1})
+        return faults.EXIT_FAULT
+
+    monkeypatch.setattr(launch, "start", runs_out)
+    words = [*runs.TINY, "run=tight", "validation.at_start=false", "validation.every=null"]
+    for steps in (3, 3, 2):
+        assert vireo("train", *words, f"steps={steps}")[0] == faults.EXIT_FAULT
+    assert fit == [None, 1, None]
+    monkeypatch.setattr(launch, "start", work)
+    code, said = vireo("train", *words, "steps=2")
+    assert code == 0 and "1 at a time, since memory ran out with more in an earlier start" in said, said
+    assert f"delete {tmp_path / 'taehv' / 'tight' / 'room.json'}" in said
+
+
 def test_a_fault_starts_the_workers_again_but_a_mistake_does_not(tmp_path, monkeypatch):
-    codes, starts = iter([1, 137, 0]), []
-
-    def start(resolved, count, held, started):
-        starts.append(started)
-        return next(codes)
-
-    monkeypatch.setattr(launch, "_start_once", start)
+    codes = iter([1, 137, 0])
+    monkeypatch.setattr(launch, "_start_once", lambda *_: next(codes))
     assert launch.start(tmp_path / "resolved.yaml", {"restarts": 2, "processes": 1}, 0) == 0
-    assert starts == [starts[0]] * 3, "from which max_hours is counted"
     for code in (2, 75, 130):
         codes = iter([code])
         assert launch.start(tmp_path / "resolved.yaml", {"restarts": 2, "processes": 1}, 0) == code

@@ -48,6 +48,14 @@ def test_a_rank_that_was_killed_is_the_first_whatever_the_others_write(run, capf
     assert "rank 1 failed first (killed by SIGKILL)" in capfd.readouterr().err
 
 
+def test_where_nothing_can_be_noted_the_first_one_that_ended_counts(run, capfd, caplog):
+    """A full disk takes no notes: here a file stands where their folder would."""
+    block = "open(os.environ['VIREO_FAILURES'], 'a').close()"
+    assert run(f"{block}; time.sleep(1.5); note(); sys.exit(1)", f"{block}; note(); sys.exit(3)") == 3
+    assert "rank 1 failed first (exit code 3)" in capfd.readouterr().err
+    assert "that rank 1 has failed could not be written" in caplog.text
+
+
 def test_a_rank_that_hangs_after_anothers_failure_is_killed_and_not_blamed(run):
     began = time.monotonic()
     assert run("time.sleep(60)", "note(); sys.exit(2)") == 2

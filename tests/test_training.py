@@ -268,7 +268,7 @@ def test_the_next_start_takes_pieces_that_fit(tmp_path):
         with pytest.raises(type(error)), faults.Room(path).noted(size):
             raise error
         assert faults.rows_that_fit(path) == rows
-    pieces = faults.Room(path).pieces(batch)
+    pieces = faults.Room(path, faults.rows_that_fit(path)).pieces(batch)
     assert [piece["position"].tolist() for piece in pieces] == [[0, 1], [2, 3], [4]]
 
 

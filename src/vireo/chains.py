@@ -31,17 +31,20 @@ def run(
     if settings["resume"] not in ("auto", "none"):
         raise UserError(f"resume={settings['resume']} is one stage's checkpoint: say chain.<stage>.resume=…")
     folder, stages, runs = config.run_folder(settings), config.stages(settings["chain"], overrides), {}
-    folder.mkdir(parents=True, exist_ok=True)
+    with run_folder.needed(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     export, done = None, None
     for number, (name, words) in enumerate(stages.items(), 1):
         first = [key.removeprefix(f"chain.{name}.") for key in swept]
         stage = config.settings(words, swept=first, init_from=export)
         runs[name] = os.path.relpath(config.run_folder(stage), folder)
-        run_folder.write_json(folder / run_folder.CHAIN, runs)
+        with run_folder.needed(folder):
+            run_folder.write_json(folder / run_folder.CHAIN, runs)
         print(f"\n{name}, stage {number} of {len(stages)} of {folder}", flush=True)
         done = run_stage(stage, words)
         runs[name] = os.path.relpath(done.folder, folder)  # another one than thought, with resume=none
-        run_folder.write_json(folder / run_folder.CHAIN, runs)
+        with run_folder.dispensable(f"that {name} is {runs[name]}"):
+            run_folder.write_json(folder / run_folder.CHAIN, runs)
         if done.exit_code != faults.EXIT_FINISHED:
             break
         export = str(Path(done.folder) / "export")

@@ -15,7 +15,8 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -52,7 +53,8 @@ def save(run_folder: Path, step: int, parts: Mapping[str, Mapping[str, Tensor]],
     """Write the checkpoint of `step` and return its folder. Only one process calls this.
 
     parts: tensors by part, on the CPU and not sharing memory. state: JSON values that a resume needs. Raises OSError
-    (disk full, no permission) or whatever the writer raises; nothing that looks like a checkpoint is left behind then.
+    (disk full, no permission, a file shorter than what was written) or whatever the writer raises; nothing that looks
+    like a checkpoint is left behind then.
     """
     from safetensors.torch import save_file
 
@@ -70,7 +72,9 @@ def save(run_folder: Path, step: int, parts: Mapping[str, Mapping[str, Tensor]],
         for part, tensors in parts.items():
             if tensors:
                 flat = {name: value.contiguous() for name, value in tensors.items()}
-                save_file(flat, temporary / f"{part}.safetensors", metadata={"step": str(step), "part": part})
+                path = temporary / f"{part}.safetensors"
+                save_file(flat, path, metadata={"step": str(step), "part": part})
+                _check_written(path, flat)
         files = {path.name: _identity(path) for path in sorted(temporary.iterdir())}
         manifest = {"format": FORMAT, "step": step, "files": files, "state": dict(state)}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
@@ -88,13 +92,14 @@ def save(run_folder: Path, step: int, parts: Mapping[str, Mapping[str, Tensor]],
 
 
 def verify(folder: Path) -> Checkpoint:
-    """Read a checkpoint's manifest and check every file's size and hash.
+    """Read a checkpoint's manifest and check every file's size and hash, and that tensors can be read from it.
 
-    Raises UserError that names the file and what is wrong with it.
+    Raises UserError that names the file and what is wrong with it, also where the disk cannot read it.
     """
     path = folder / "manifest.json"
-    if not path.is_file():
-        raise UserError(f"{folder}: not a checkpoint, manifest.json is missing")
+    with _reading(path):
+        if not path.is_file():
+            raise UserError(f"{folder}: not a checkpoint, manifest.json is missing")
     manifest = json_files.read(path)
     try:
         made_as, step, state = manifest["format"], manifest["step"], dict(manifest["state"])
@@ -111,13 +116,8 @@ def verify(folder: Path) -> Checkpoint:
     if _NAME.fullmatch(folder.name) and folder.name != f"step_{step:08d}":
         raise UserError(f"{path}: it says step {step}, its folder another one")
     for name, expected in files.items():
-        file = folder / name
-        if Path(name).name != name or not file.is_file():
-            raise UserError(f"{file}: named by the manifest but missing, or not in its folder")
-        if file.stat().st_size != expected["size"]:
-            raise UserError(f"{file}: {file.stat().st_size} bytes, the manifest says {expected['size']} (cut off?)")
-        if _identity(file) != expected:
-            raise UserError(f"{file}: its SHA-256 is not the manifest's; the file was changed or damaged")
+        with _reading(folder / name):
+            _check_file(folder, name, expected)
     return Checkpoint(folder, step, state)
 
 
@@ -157,6 +157,33 @@ def _check_state(path: Path, state: Mapping[str, Any]) -> None:
             raise UserError(f"{path}: damaged manifest (its state lacks {key}, {expected})")
         if not can_be(state[key]):
             raise UserError(f"{path}: damaged manifest ({key} is {state[key]!r:.40}, expected {expected})")
+
+
+def _check_file(folder: Path, name: str, expected: Mapping[str, Any]) -> None:
+    """Raises UserError for a file of a checkpoint that is not as its manifest says."""
+    file = folder / name
+    if Path(name).name != name or not file.is_file():
+        raise UserError(f"{file}: named by the manifest but missing, or not in its folder")
+    if file.stat().st_size != expected["size"]:
+        raise UserError(f"{file}: {file.stat().st_size} bytes, the manifest says {expected['size']} (cut off?)")
+    if _identity(file) != expected:
+        raise UserError(f"{file}: its SHA-256 is not the manifest's; the file was changed or damaged")
+    if file.suffix == ".safetensors":
+        from safetensors import SafetensorError
+
+        try:
+            _shapes(file)
+        except SafetensorError as error:
+            raise UserError(f"{file}: its tensors cannot be read, though it is as it was written: {error}") from error
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """A file that the disk cannot read is as good as damaged."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror or error}") from error
 
 
 def steps(run_folder: Path) -> list[int]:
@@ -251,6 +278,26 @@ def clean(run_folder: Path) -> None:
     for path in root.glob(".step_*") if root.is_dir() else ():
         log.info("removed unfinished %s", path.name)
         shutil.rmtree(path)
+
+
+def _check_written(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raises OSError unless the file holds these tensors whole: its hash, which is taken of the file, cannot tell."""
+    from safetensors import SafetensorError
+
+    try:
+        found = _shapes(path)
+    except SafetensorError as error:
+        raise OSError(f"{path} was written, but cannot be read: {error}") from error
+    if found != {name: tuple(value.shape) for name, value in tensors.items()}:
+        raise OSError(f"{path} was written, but holds other tensors than it was given")
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """By its header, which is compared with the file's length; without torch, since the launcher's parent verifies."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="np") as opened:
+        return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118 - no dict
 
 
 def _identity(path: Path) -> dict[str, Any]:

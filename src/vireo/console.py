@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from vireo.run_folder import log_file
+from vireo.run_folder import dispensable, log_file
 
 
 def set_up_logging(path: Path | None = None, shared_console: bool = False) -> None:
@@ -24,11 +24,31 @@ def set_up_logging(path: Path | None = None, shared_console: bool = False) -> No
     if path is not None:
         path = log_file(path.parent, rank)
         path.parent.mkdir(exist_ok=True)
-        file = logging.FileHandler(path)
+        file = LogFile(path)
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         handlers.append(file)
     logging.basicConfig(level=logging.WARNING, handlers=handlers, force=True)
     logging.getLogger("vireo").setLevel(logging.INFO)
+
+
+class LogFile(logging.FileHandler):
+    """A log file that says once, on the console, that it cannot be written (a full disk), and goes on when it can.
+
+    What it could not write is lost; rank 0 has said it on the console too.
+    """
+
+    failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        """Called within the handling of the error."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)  # a mistake in the program
+        elif not self.failed:
+            self.failed = True
+            text = f"{self.baseFilename} cannot be written: {error.strerror}; lines are lost until there is space"
+            with dispensable("that"):
+                print(text, file=sys.stderr, flush=True)
 
 
 class Console:

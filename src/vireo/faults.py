@@ -37,19 +37,21 @@ ECHO = 1.0  # seconds: one Ctrl-C can arrive twice, from the terminal and passed
 
 
 class StopRequest:
-    """Whether a signal has asked the run to save and stop. The handler only sets a flag.
+    """Whether a signal has asked the run to save and stop, or its time is over. The handler only sets a flag.
 
+    deadline: seconds since 1970 from which on a stop is asked for; None: never.
     A second Ctrl-C exits at once; a process that waits in a C library hears nothing, so its parent kills it. Other
     signals may come several times (from the batch system, from torch's launcher, from the parent) and always mean the
     same.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, deadline: float | None = None) -> None:
+        self.deadline = deadline
         self.signal: int | None = None
         self.asked_at = 0.0
 
     def __bool__(self) -> bool:
-        return self.signal is not None
+        return self.signal is not None or (self.deadline is not None and time.time() > self.deadline)
 
     def ask(self) -> None:
         """Ask for a stop without a signal."""
@@ -63,9 +65,9 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
+def stop_on_signals(deadline: float | None = None) -> Iterator[StopRequest]:
     """Turn SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 into a request to stop; the old handlers come back afterwards."""
-    request = StopRequest()
+    request = StopRequest(deadline)
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
     previous = {number: signal.signal(number, request._handle) for number in numbers}
     try:
@@ -88,12 +90,12 @@ class Room:
 
     Every rank cuts in the same way, since all have learnt of it by the same vote. The gradient is the same sum, added
     up in another order. (A loss's own learner, as Seraena's, sees the pieces as batches of their own.)
-    path: a JSON file with the number that fits, if a start before this one had to end to find it out.
+    path: a JSON file for the number that fits, if this start has to end to find it out. rows: what an earlier start has
+    written there (`rows_that_fit`), the same on every rank.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.rows = rows_that_fit(path)
+    def __init__(self, path: Path, rows: int | None = None) -> None:
+        self.path, self.rows = path, rows
         self.retries = 0
 
     def pieces(self, batch: Mapping[str, Any]) -> deque[dict[str, Any]]:

@@ -24,6 +24,8 @@ from vireo import chains, checkpoint, config, devices, faults, orphans, processe
 from vireo.errors import UserError
 from vireo.side_by_side import Pending, SideBySide
 
+PROBE = 64 * 2**10  # bytes: what a run writes before its processes start takes less
+
 
 class Job(NamedTuple):
     """How one run ended: what was asked, its folder, the exit code, the best validation figure, what went wrong."""
@@ -166,6 +168,8 @@ def _code(about: Any) -> dict[str, str]:
 
 
 def _run_or_chain(settings: dict[str, Any], overrides: Sequence[str], swept: Sequence[str] = ()) -> Job:
+    # All processes of this command count max_hours from here: those of a chain's later stages, and those started again.
+    os.environ[processes.STARTED] = str(time.time())
     if not settings["chain"]:
         return run(settings, overrides)
     last: Job = chains.run(settings, overrides, swept, run)
@@ -200,22 +204,24 @@ def run(settings: dict[str, Any], overrides: Sequence[str]) -> Job:
         )
         return Job(list(overrides), folder, faults.EXIT_FINISHED, (done["best"] or {}).get("value"))
     with run_folder.lock(folder) as held:
-        if named:
-            checkpoint.adopt(folder, named)
-        if before:
-            _tell_changes(folder, before, settings)
-        config.save_resolved(settings, folder / "resolved.yaml")
-        run_folder.write_json(folder / "overrides.json", list(overrides))
-        run_folder.write_json(folder / "environment.json", run_folder.environment() | {"job": ranks.job()})
-        (folder / "finished").unlink(missing_ok=True)
-        if not again:  # memory may be free that was not
-            run_folder.room_file(folder).unlink(missing_ok=True)
+        with run_folder.needed(folder):
+            if named:
+                checkpoint.adopt(folder, named)
+            if before:
+                _tell_changes(folder, before, settings)
+            _forget_room(folder, settings)
+            config.save_resolved(settings, folder / "resolved.yaml")
+            run_folder.write_json(folder / "overrides.json", list(overrides))
+            run_folder.write_json(folder / "environment.json", run_folder.environment() | {"job": ranks.job()})
+            (folder / "finished").unlink(missing_ok=True)
         print(config.banner(settings, folder), flush=True)
         if settings["size"] == "mini":
             from vireo.mini import world as mini_world  # brings numpy, which --help and --cfg can do without
 
             mini_world.ensure()
-        run_folder.write_json(folder / "data.json", run_folder.data_files(settings["data"]))
+        data = run_folder.data_files(settings["data"])
+        with run_folder.needed(folder):
+            run_folder.write_json(folder / "data.json", data)
         code = start(folder / "resolved.yaml", settings["launcher"], held)
         if code == faults.EXIT_STOPPED and checkpoint.steps(folder)[-1:] == [settings["preempt_at"]]:
             print(f"starting again from step {settings['preempt_at']} (preempt_at)", flush=True)
@@ -241,15 +247,17 @@ def _begun_by_this_job(folder: Path) -> bool:
 
 
 def _make(folder: Path) -> None:
-    try:
+    """The folder, in which a little can be written: on a full disk, or over a quota, an empty file still can."""
+    with run_folder.needed(folder):
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"{folder} cannot be written ({error.strerror}); choose another place with paths.outputs=…"
-        ) from None
+        try:
+            with open(probe, "wb") as file:
+                file.write(bytes(PROBE))
+                file.flush()
+                os.fsync(file.fileno())
+        finally:
+            probe.unlink(missing_ok=True)
 
 
 def _longer(settings: dict[str, Any], done: dict[str, Any]) -> bool:
@@ -283,6 +291,13 @@ def _tell_changes(folder: Path, before: dict[str, Any], settings: dict[str, Any]
             log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} INFO {line}\n")
 
 
+def _forget_room(folder: Path, settings: dict[str, Any]) -> None:
+    """How many samples fit is known for one config only; any change may be the one that makes room."""
+    room, path = run_folder.room_file(folder), folder / "resolved.yaml"
+    if room.exists() and not (path.exists() and path.read_text(encoding="utf-8") == config.to_text(settings)):
+        room.unlink()
+
+
 def start(resolved: Path, launcher: dict[str, Any], held: int) -> int:
     """Run the workers of one resolved config to their end; returns their exit code.
 
@@ -292,7 +307,7 @@ def start(resolved: Path, launcher: dict[str, Any], held: int) -> int:
     """
     if ranks.started() is not None:
         return ranks.work(resolved)
-    started, count = time.time(), number_of_processes(launcher["processes"])
+    count = number_of_processes(launcher["processes"])
     if (gpus := len(devices.visible_gpus())) > count:
         print(
             f"{count} of {gpus} visible GPUs will be used. launcher.processes=auto uses all, with batch_size each: "
@@ -302,7 +317,7 @@ def start(resolved: Path, launcher: dict[str, Any], held: int) -> int:
     room = run_folder.room_file(resolved.parent)
     fit, restarts = faults.rows_that_fit(room), 0
     while True:
-        code = _start_once(resolved, count, held, started)
+        code = _start_once(resolved, count, held)
         if code in (faults.EXIT_FINISHED, faults.EXIT_MISTAKE, faults.EXIT_STOPPED, faults.EXIT_INTERRUPTED):
             return code
         before, fit = fit, faults.rows_that_fit(room)
@@ -313,13 +328,14 @@ def start(resolved: Path, launcher: dict[str, Any], held: int) -> int:
             why = f"{restarts} of {launcher['restarts']}"
         else:
             return code
-        print(f"starting again from the last checkpoint ({why})", flush=True)
+        with run_folder.dispensable("why it starts again"):  # the console may be a file on the disk that is full
+            print(f"starting again from the last checkpoint ({why})", flush=True)
 
 
-def _start_once(resolved: Path, count: int, held: int, started: float) -> int:
+def _start_once(resolved: Path, count: int, held: int) -> int:
     """On this machine, and on the others of a job that has several."""
     share, resend = submitted.share(resolved, count), submitted.inside()
-    return processes.run(resolved, count, share, held, resend=resend, started=started)
+    return processes.run(resolved, count, share, held, resend=resend)
 
 
 def number_of_processes(asked: int | str) -> int:

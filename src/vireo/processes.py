@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vireo import faults, hangs
-from vireo.run_folder import log_file, write_json
+from vireo.run_folder import dispensable, log_file, write_json
 
 GRACE = 10.0  # seconds in which the others may fail by themselves, and write why, after one process has
 SETTLE = 1.0  # seconds in which another machine says that it was its process that failed first
 POLL = 0.05  # seconds
-STARTED = "VIREO_STARTED"  # the variable that says when a run was started, in seconds since 1970
+STARTED = "VIREO_STARTED"  # the variable that says when a command was given, in seconds since 1970
 NOTES = "VIREO_FAILURES"  # the variable that names a folder with <rank>.json for each process that has failed
 
 
@@ -48,7 +48,6 @@ def run(
     held: int | None = None,
     obsolete: Callable[[], bool] = lambda: False,
     resend: bool = False,
-    started: float | None = None,
     entry: Sequence[str] = ("vireo.start_worker",),
 ) -> int:
     """Run `count` workers on a resolved config to their end; returns the exit code of the one that failed first.
@@ -60,8 +59,6 @@ def run(
 
     held: file descriptor of the run's lock, which the workers inherit. obsolete: asked now and then whether the workers
     should end, since those of another machine have.
-
-    started: when this run was, if not now, but started again after a fault.
 
     entry: the module that a worker is, and its arguments behind the parent's number and the config.
 
@@ -75,8 +72,7 @@ def run(
         for old in resolved.parent.glob(".failed-*"):
             shutil.rmtree(old)
     first = share.node * count
-    common = {NOTES: str(notes), STARTED: str(started or began)}
-    variables = [{**own, **common} for own in environment(count, share)]
+    variables = [{**own, NOTES: str(notes)} for own in environment(count, share)]
     workers = {first + k: _start(entry, resolved, first + k, variables[k], held) for k in range(count)}
 
     def needless() -> bool:
@@ -91,19 +87,24 @@ def run(
     if signal.SIGKILL in asked:
         return faults.EXIT_INTERRUPTED
     codes = {rank: faults.EXIT_STOPPED if -code in asked else code for rank, code in codes.items()}
+    own = {}  # beside what is noted, which a full disk does not take
     for rank, code in codes.items():
         if rank in killed and rank in _noted(notes):
-            _note_code(notes, rank, faults.EXIT_FAULT)
+            own[rank] = faults.EXIT_FAULT
         elif rank not in killed and code not in (0, faults.EXIT_STOPPED):
-            _note_code(notes, rank, code)
-    failed = _failures(notes, share.nodes)
+            own[rank] = code
+    for rank, code in own.items():
+        _note_code(notes, rank, code)
+    failed = _failures(notes, share.nodes, own)
     if failed:
         rank, code = failed[0]
-        if share.nodes * count > 1:
-            print(_about(rank, code, resolved), file=sys.stderr, flush=True)
-        if stacks := hangs.written_since(resolved.parent, began):
-            files = "".join(f"\n  {path}" for path in stacks)
-            print(f"a step took far longer than usual; where processes stood then:{files}", file=sys.stderr, flush=True)
+        with dispensable("what is said of the failure"):
+            if share.nodes * count > 1:
+                print(_about(rank, code, resolved), file=sys.stderr, flush=True)
+            if stacks := hangs.written_since(resolved.parent, began):
+                files = "".join(f"\n  {path}" for path in stacks)
+                told = f"a step took far longer than usual; where processes stood then:{files}"
+                print(told, file=sys.stderr, flush=True)
     else:
         code = max(codes.values())
     for number in asked:
@@ -194,8 +195,9 @@ def _note_code(notes: Path, rank: int, code: int) -> None:
 
 
 def _note(notes: Path, rank: int, **facts: float) -> None:
-    notes.mkdir(exist_ok=True)
-    write_json(notes / f"{rank}.json", facts)
+    with dispensable(f"that rank {rank} has failed"):
+        notes.mkdir(exist_ok=True)
+        write_json(notes / f"{rank}.json", facts)
 
 
 def _noted(notes: Path) -> dict[int, dict[str, Any]]:
@@ -206,19 +208,23 @@ def _noted(notes: Path) -> dict[int, dict[str, Any]]:
     return found
 
 
-def _failures(notes: Path, machines: int) -> list[tuple[int, int]]:
+def _failures(notes: Path, machines: int, own: Mapping[int, int]) -> list[tuple[int, int]]:
     """Rank and exit code of what has failed on all machines, first things first.
 
-    A process that was killed is the first one: the others have noticed it.
+    A process that was killed is the first one: the others have noticed it. own: codes of this machine's by rank, in the
+    order in which they ended, which is what counts where none could note when it failed.
     """
     deadline = time.monotonic() + GRACE
     if machines > 1 and _noted(notes):
         time.sleep(SETTLE)
-    while any("code" not in one for one in _noted(notes).values()) and time.monotonic() < deadline:
+    while any("code" not in one for rank, one in _noted(notes).items() if rank not in own):
+        if time.monotonic() > deadline:
+            break
         time.sleep(POLL)  # its parent waits for its end
     noted = _noted(notes)
-    order = sorted(noted, key=lambda rank: (noted[rank]["when"], rank))
-    return [(rank, noted[rank].get("code", faults.EXIT_FAULT)) for rank in order]
+    when = {rank: noted.get(rank, {}).get("when", 0.0) for rank in [*own, *noted]}
+    codes = {rank: one.get("code", faults.EXIT_FAULT) for rank, one in noted.items()} | dict(own)
+    return [(rank, codes[rank]) for rank in sorted(when, key=when.__getitem__)]  # equal ones stay in their order
 
 
 def _about(rank: int, code: int, resolved: Path) -> str:

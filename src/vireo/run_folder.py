@@ -36,10 +36,12 @@ def lock(folder: Path) -> Iterator[int]:
     The kernel frees it when the last of them ends, however it ends. Where the file system has no locks, the file's text
     stands for one: it names the process, and is taken away by it at its end.
 
-    Raises UserError that names the host and process of the run that holds it.
+    Raises UserError that names the host and process of the run that holds it, and for a folder that cannot be written.
     """
     path = folder / ".lock"
-    with open(path, "a+") as file:
+    with needed(folder):
+        file = open(path, "a+")  # noqa: SIM115 - held until the end of the run
+    with file:
         holder, before = _holder(file, fcntl.LOCK_EX)
         if holder:
             raise UserError(
@@ -53,9 +55,9 @@ def lock(folder: Path) -> Iterator[int]:
                 folder,
                 before,
             )
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        with needed(folder):
+            file.truncate(0)
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
         try:
             yield file.fileno()
         finally:
@@ -118,11 +120,27 @@ def dispensable(what: str) -> Iterator[None]:
         log.error("%s could not be written: %s", what, error)
 
 
+@contextmanager
+def needed(folder: Path) -> Iterator[None]:
+    """Around writing what a run cannot begin without: a disk that refuses it is told as a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or folder} cannot be written ({error.strerror or error}); free some space, or choose "
+            "another place with paths.outputs=…"
+        ) from error
+
+
 def write_json(path: Path, content: Any) -> None:
     """Replace a JSON file at once: a reader sees the old or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(path)
+    try:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def environment() -> dict[str, Any]:

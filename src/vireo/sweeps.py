@@ -23,9 +23,13 @@ ENDED = {
 
 
 def note(folder: Path, **facts: Any) -> None:
-    """Add facts to the note of the job whose folder this is: overrides, run, exit_code, message, best, metric, …"""
-    folder.mkdir(parents=True, exist_ok=True)
-    run_folder.write_json(folder / NOTE, {**read(folder), **facts})
+    """Add facts to the note of the job whose folder this is: overrides, run, exit_code, message, best, metric, …
+
+    A full disk takes no note, and ends neither the job nor the others of the sweep.
+    """
+    with run_folder.dispensable(f"the note of job {folder.name}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        run_folder.write_json(folder / NOTE, {**read(folder), **facts})
 
 
 def read(folder: Path) -> dict[str, Any]:

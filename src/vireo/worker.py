@@ -56,7 +56,6 @@ class Run:
 
     def __init__(self, settings: dict[str, Any], folder: Path, stop: faults.StopRequest) -> None:
         self.settings, self.folder, self.stop = settings, folder, stop
-        self.started_at = float(os.environ.get(processes.STARTED) or time.time())  # before any restart
         self.strategy = objects.strategy(settings)
         self.device = self.strategy.device
         _check_agreement(settings)
@@ -186,6 +185,7 @@ class Run:
         """From the newest checkpoint to the end of the run; returns the exit code."""
         settings, progress = self.settings, self.resume()
         if distributed.is_main():
+            self._check_space()  # before anything is written
             path = self.folder / "metrics.jsonl"
             metrics_file = tracking.MetricsFile(path, progress.step, validated=not self.owes_validation)
             self.log = tracking.Log(metrics_file, objects.tracker(settings))
@@ -205,7 +205,6 @@ class Run:
                 "memory on each device:\n%s",
                 memory.table(self.strategy.on_device(self.sizes), memory.available(self.device)),
             )
-            self._check_space()
             if not len(self.held_out):
                 log.warning("no clip is held out, so nothing is validated and no checkpoint is the best one")
         if progress.step == 0:
@@ -239,7 +238,7 @@ class Run:
                 log_every=settings["logging"]["every"],
                 max_consecutive_skips=settings["faults"]["max_consecutive_skips"],
                 max_loss_rise=settings["faults"]["max_loss_rise"],
-                room=faults.Room(run_folder.room_file(self.folder)),
+                room=self._room(),
                 bad_files=faults.BadFiles(
                     max(1, int(self.dataset.max_bad_fraction * len(self.dataset))),
                     run_folder.bad_samples_file(self.folder, distributed.rank()),
@@ -250,6 +249,19 @@ class Run:
                 record=self.record,
                 at_boundary=self.at_boundary,
             )
+
+    def _room(self) -> faults.Room:
+        """As much as an earlier start found to fit. The main process reads it: others may see an older file."""
+        path = run_folder.room_file(self.folder)
+        rows = distributed.gather(faults.rows_that_fit(path) if distributed.is_main() else None)[0]
+        if distributed.is_main() and rows is not None and rows < self.settings["batch_size"]:
+            log.info(
+                "samples are taken %d at a time, since memory ran out with more in an earlier start; the gradient "
+                "stays the same. To try whole batches again, delete %s or change the config",
+                rows,
+                path,
+            )
+        return faults.Room(path, rows)
 
     def _check_space(self) -> None:
         """Refuse (UserError) to train what cannot be saved; say so where it cannot be kept as often as asked."""
@@ -317,9 +329,7 @@ class Run:
         overdue = saving["every_minutes"] and time.monotonic() - self.saved_at > 60 * saving["every_minutes"]
         # Clocks differ between ranks; the main process's decides.
         overdue = distributed.gather(bool(overdue))[0] if saving["every_minutes"] else False
-        hours = self.settings["max_hours"]
-        out_of_time = hours is not None and time.time() - self.started_at > 3600 * hours
-        if out_of_time or progress.step + 1 == self.settings["preempt_at"]:
+        if progress.step + 1 == self.settings["preempt_at"]:
             self.stop.ask()  # all ranks hear of it in the next step, which is then the last one of this process
         if last or overdue or _due(progress.step, saving["every"]) or (improved and saving["keep_best"]):
             self.watchdog.between_steps()
@@ -534,6 +544,13 @@ def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
+def _deadline(hours: float | None) -> float | None:
+    """When so many hours of the command that this process works for are over, whatever was started again meanwhile."""
+    if hours is None:
+        return None
+    return float(os.environ.get(processes.STARTED) or time.time()) + 3600 * hours
+
+
 def _check_agreement(settings: dict[str, Any]) -> None:
     """All processes have the same config and the same sources, or this raises UserError: one machine may have another
     checkout, and what differs a little would train on for days.
@@ -567,7 +584,7 @@ def _main(path: Path, text: str | None) -> int:
     folder = path.parent
     try:
         settings = config.load_resolved(path) if text is None else config.from_text(text)
-        with faults.stop_on_signals() as stop:
+        with faults.stop_on_signals(_deadline(settings["max_hours"])) as stop:
             return Run(settings, folder, stop).train()
     except UserError as mistake:
         log.error("%s", mistake)
