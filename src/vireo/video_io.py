@@ -244,6 +244,13 @@ def write_gif(path: str | Path, frames: Tensor, fps: float) -> None:
         first.save(unfinished, format="GIF", save_all=True, append_images=rest, duration=duration, loop=0)
 
 
+def write_picture(path: str | Path, picture: Tensor) -> None:
+    """A PNG of one uint8 RGB picture (C, H, W); its folder is made if need be. Raises OSError with the path."""
+    pixels = _pixels(picture[None])[0]
+    with _replacing(Path(path)) as unfinished:
+        Image.fromarray(pixels).save(unfinished, format="PNG")
+
+
 def write_grid(path: str | Path, rows: Mapping[str, Tensor], columns: int = 8) -> None:
     """A PNG contact sheet: per row a label and up to `columns` frames of one clip, evenly spaced from first to last.
 
