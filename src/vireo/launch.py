@@ -168,7 +168,7 @@ def _code(about: Any) -> dict[str, str]:
 def _run_or_chain(settings: dict[str, Any], overrides: Sequence[str], swept: Sequence[str] = ()) -> Job:
     if not settings["chain"]:
         return run(settings, overrides)
-    last: Job = chains.run(settings, overrides, swept, run)
+    last: Job = chains.run(settings, overrides, swept, run, lambda stage: _choose_folder(stage)[0])
     return last._replace(overrides=list(overrides))
 
 
