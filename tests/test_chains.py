@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 
@@ -80,6 +81,30 @@ def test_a_killed_stage_goes_on_where_it_stopped(calm, vireo, tmp_path, monkeypa
         assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_a_longer_stage_is_refused_where_a_later_one_has_begun(calm, vireo, tmp_path, monkeypatch):  # noqa: F811
+    shutil.copytree(calm / "taehv", tmp_path / "taehv")
+    one, two = stages(tmp_path).values()
+    longer = [word if word != "steps=4" else "steps=6" for word in CHAIN] + ["run=both"]
+    code, said = vireo("train", *longer)
+    assert code == 2 and "one has still to train in" in said and "say chain.two.resume=none, once" in said, said
+    assert [checkpoint.latest(folder).step for folder in (one, two)] == [4, 5]
+
+    def killed(resolved, launcher, held):
+        return abs(runs.work(resolved.parent, runs.die_at(3) if resolved.parent.name == "both-two-2" else None))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "start", killed)
+        assert vireo("train", *longer, "chain.two.resume=none")[0] == signal.SIGKILL
+    assert [folder.name for folder in stages(tmp_path).values()] == ["both-one", "both-two-2"]
+    code, said = vireo("train", *longer)  # a plain command goes on in the folder of the chain
+    assert code == 0 and said.count("is finished") == 1, said
+    one, new = stages(tmp_path).values()
+    assert new.name == "both-two-2" and not (new.parent / "both-two-3").exists()
+    assert [checkpoint.latest(folder).step for folder in (one, new, two)] == [6, 5, 5]
+    assert vireo("train", *longer, "chain.two.steps=7")[0] == 0, "the last stage may be lengthened"
+    assert checkpoint.latest(new).step == 7
+
+
 def test_the_data_of_every_stage_is_checked(vireo):  # noqa: F811
     code, said = vireo("check", *CHAIN, "++chain.two.data.held_out=0.3")
     one, two = said.split("\ntwo (taehv)\n")
@@ -131,7 +156,7 @@ def test_the_hours_of_a_chain_are_counted_once(tmp_path, monkeypatch):
 def test_what_a_chain_cannot_do(monkeypatch, tmp_path):
     settings = config.settings([*CHAIN, f"paths.outputs={tmp_path}"])
     with pytest.raises(UserError, match=r"say chain\.<stage>\.resume=…"):
-        chains.run({**settings, "resume": "some/checkpoint"}, CHAIN, [], lambda *_: None)
+        chains.run({**settings, "resume": "some/checkpoint"}, CHAIN, [], lambda *_: None, config.run_folder)
     monkeypatch.setattr(ranks, "started", lambda: ranks.World(0, 2, "torchrun"))
     with pytest.raises(UserError, match="torchrun owns them"):
-        chains.run(settings, CHAIN, [], lambda *_: None)
+        chains.run(settings, CHAIN, [], lambda *_: None, config.run_folder)

@@ -31,7 +31,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def annotated(davis: Path) -> float:
     """How much of the first frames of the first held-out video is hole."""
     name = (davis / "ImageSets/2017/val.txt").read_text().split()[0]
-    return float(dilate(read_hole(davis / "Annotations/480p" / name, range(3)), 4).float().mean())
+    masks = davis / "Annotations/480p" / name
+    return float(dilate(read_hole(masks, range(3), len(list(masks.iterdir()))), 4).float().mean())
 
 
 def equal(one, two):

@@ -172,7 +172,7 @@ def _run_or_chain(settings: dict[str, Any], overrides: Sequence[str], swept: Seq
     os.environ[processes.STARTED] = str(time.time())
     if not settings["chain"]:
         return run(settings, overrides)
-    last: Job = chains.run(settings, overrides, swept, run)
+    last: Job = chains.run(settings, overrides, swept, run, lambda stage: _choose_folder(stage)[0])
     return last._replace(overrides=list(overrides))
 
 

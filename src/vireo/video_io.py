@@ -187,13 +187,13 @@ def decoder_version(decoder: str) -> str:
     raise UserError(f"the decoder is {decoder!r}, expected pillow, pyav or decord")
 
 
-def read_image(path: str | Path, content: bytes | None = None) -> Tensor:
-    """One picture, uint8 RGB (C, H, W). Palettes and grey are expanded, transparency is dropped.
+def read_image(path: str | Path, content: bytes | None = None, over_black: bool = False) -> Tensor:
+    """One picture, uint8 RGB (C, H, W). Palettes and grey are expanded.
 
-    content: the bytes of the file if they have been read; `path` then only names it. Raises BadVideoError if it cannot
-    be read.
+    content: the bytes of the file if they have been read; `path` then only names it. over_black: what is transparent
+    becomes black; without it transparency is dropped. Raises BadVideoError if it cannot be read.
     """
-    return torch.from_numpy(_read_image(Path(path), content)).permute(2, 0, 1)
+    return torch.from_numpy(_read_image(Path(path), content, over_black)).permute(2, 0, 1)
 
 
 def is_frame(name: str) -> bool:
@@ -242,6 +242,13 @@ def write_gif(path: str | Path, frames: Tensor, fps: float) -> None:
     duration = 10 * max(2, round(100 / fps))  # ms
     with _replacing(Path(path)) as unfinished:
         first.save(unfinished, format="GIF", save_all=True, append_images=rest, duration=duration, loop=0)
+
+
+def write_picture(path: str | Path, picture: Tensor) -> None:
+    """A PNG of one uint8 RGB picture (C, H, W); its folder is made if need be. Raises OSError with the path."""
+    pixels = _pixels(picture[None])[0]
+    with _replacing(Path(path)) as unfinished:
+        Image.fromarray(pixels).save(unfinished, format="PNG")
 
 
 def write_grid(path: str | Path, rows: Mapping[str, Tensor], columns: int = 8) -> None:
@@ -596,10 +603,13 @@ def _stacked(frames: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(frames))
 
 
-def _read_image(path: Path, content: bytes | None = None) -> np.ndarray:
+def _read_image(path: Path, content: bytes | None = None, over_black: bool = False) -> np.ndarray:
     """uint8 RGB (H, W, C)."""
     with _unreadable_image(path), Image.open(path if content is None else io.BytesIO(content)) as image:
-        return np.array(image.convert("RGB"))
+        if not over_black or not image.has_transparency_data:
+            return np.array(image.convert("RGB"))
+        *colours, alpha = np.moveaxis(np.array(image.convert("RGBA")).astype(np.uint16), 2, 0)
+    return ((np.stack(colours, axis=2) * alpha[..., None] + 254) // 255).astype(np.uint8)
 
 
 @contextmanager

@@ -229,6 +229,21 @@ def test_a_folder_of_masks_takes_the_place_of_drawn_ones(roots, tmp_path):
     assert load(data.sample(data.order.index("davis/swan"), Draws(0, [0])))["hole"].all()
 
 
+def test_masks_of_no_video_are_refused_and_of_some_videos_told(roots, tmp_path, caplog):
+    masks = tmp_path / "masks"
+    (masks / "other").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"has a mask of no video: .*bear/, bear\.png or bear\.mp4; there is other"):
+        clips(roots, masks=masks)
+    Image.new("L", (40, 24), 255).save(masks / "bear.png")
+    assert len(clips(roots, masks=masks)) == 3
+    assert f"2 of 3 videos (train) have no mask in {masks}, so their holes are drawn:\n  davis/swan\n" in caplog.text
+    assert clips(roots, "validation", masks=masks).describe()["holes"] == "0 videos have theirs, 1 drawn ones"
+    assert "1 of 1 videos (validation) have no mask" in caplog.text
+    (masks / "swan.mp4").write_bytes(b"no video")
+    bad = clips(roots, masks=masks, max_bad_fraction=0.5)
+    assert bad.bad["davis/swan"].startswith(f"{masks / 'swan.mp4'}: not a video") and "davis/swan" not in bad.videos
+
+
 def test_any_videos_are_a_source(tmp_path):
     frames = torch.arange(12, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 32, 48) * 20
     for name in ("a.mp4", "sub/b.mp4", "c.mp4"):
@@ -297,17 +312,24 @@ def test_a_listed_video_that_is_missing_is_reported(roots, caplog):
     assert "davis/ghost" in caplog.text
 
 
-def test_masks_of_another_size_or_length_are_bad(roots):
-    annotations = roots["davis"] / "Annotations/480p/dog"
-    (annotations / "00004.png").unlink()
-    (annotations / "00005.png").unlink()
-    (annotations / "00006.png").unlink()
-    with pytest.raises(BadVideoError, match="4 masks, frame 4 has none"):
-        clips(roots, "validation").sample(0, Draws(0, [0]))["hole"].load()
+def test_masks_of_another_size_or_number_are_bad_before_training(roots, caplog):
+    annotations, shrunk = roots["davis"] / "Annotations/480p/dog", clips(roots, "validation")
     for file in annotations.iterdir():
         Image.new("L", (20, 24), 255).save(file)
     with pytest.raises(BadVideoError, match="20x24 pixels for 40x24"):
-        clips(roots, "validation", num_frames=4).sample(0, Draws(0, [0]))["hole"].load()
+        shrunk.sample(0, Draws(0, [0]))["hole"].load()
+    (annotations / "00007.png").touch()
+    (annotations / "00007.png").unlink()  # a picture that is overwritten in place goes unnoticed
+    with pytest.raises(UserError, match=r"1 of 6 videos.*\n.*davis/dog.*480p/dog: masks of 20x24 pixels for 40x24"):
+        clips(roots, "validation")
+    (annotations / "00006.png").unlink()
+    data = clips(roots, "validation", max_bad_fraction=0.5)
+    assert data.describe()["bad"] == [f"davis/dog: {annotations}: {SIX}"] and len(data) == 0
+    assert f"(validation) whose masks do not suit them are left out:\n  davis/dog: {annotations}: {SIX}" in caplog.text
+    assert clips(roots, "validation", annotations=False).describe()["bad"] == [] == clips(roots).describe()["bad"]
+
+
+SIX = "there are 6 masks for 7 frames: expected as many, or a single one for all"
 
 
 def test_whole_videos_are_as_long_and_large_as_they_are(roots):
@@ -339,3 +361,35 @@ def test_whole_files_become_a_sample(tmp_path):
     Image.new("L", (20, 24), 255).save(tmp_path / "mask.png")
     with pytest.raises(UserError, match="20x24 pixels, the video 68x40"):
         MaskedClips.from_files(**given)
+
+
+def test_files_that_do_not_suit_are_told(tmp_path):
+    write_frames(tmp_path / "video", 3, size=(40, 68))
+    write_frames(tmp_path / "tiny", 3, size=(6, 68))
+    mask = np.zeros((40, 68), np.uint8)
+    mask[10:20, 20:40] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    Image.fromarray(0 * mask).save(tmp_path / "black.png")
+    Image.fromarray(255 - 0 * mask).save(tmp_path / "white.png")
+    write_frames(tmp_path / "four", 4, size=(40, 68))
+    for name, size in {"square": (40, 40), "double": (80, 136), "cut": (40, 64), "halved": (16, 32)}.items():
+        write_frames(tmp_path / name, 3, size=size)
+    given = {"video": str(tmp_path / "video"), "mask": str(tmp_path / "mask.png"), "dilation": 0}
+    for changes, said in (
+        ({"max_side": "abc"}, r"max_side=abc, .*at least 8"),
+        ({"max_side": "0"}, r"max_side=0, .*at least 8"),
+        ({"max_side": "-5"}, r"max_side=-5, .*at least 8"),
+        ({"max_side": 4}, r"max_side=4, .*at least 8"),
+        ({"max_side": 8}, r"is 68x40 pixels, 8x4 with max_side=8: at least 8x8"),
+        ({"video": str(tmp_path / "tiny")}, r"is 68x6 pixels: at least 8x8"),
+        ({"dilation": -3}, r"dilation=-3: .* and 0"),
+        ({"mask": str(tmp_path / "black.png")}, r"black\.png makes 0% of the video a hole"),
+        ({"mask": str(tmp_path / "white.png")}, r"white\.png makes 100% of the video a hole"),
+        ({"mask": str(tmp_path / "four")}, r"there are 4 masks for 3 frames"),
+        ({"prior": str(tmp_path / "square")}, r"prior=.*square is 40x40 pixels, the video 68x40"),
+    ):
+        with pytest.raises(UserError, match=said):
+            MaskedClips.from_files(**{**given, **changes})
+    for name in ("double", "cut", "halved"):
+        sample = MaskedClips.from_files(**given, prior=str(tmp_path / name))
+        assert sample["prior_frames"].shape == sample["frames"].shape == (3, 3, 40, 64)

@@ -124,18 +124,47 @@ def test_dark_palette_colours_are_hole(tmp_path):
     picture.putpalette(PALETTE)
     picture.save(tmp_path / "00000.png")
     Image.fromarray((index > 0).astype(np.uint8) * 255).save(tmp_path / "00001.png")
-    hole = read_hole(tmp_path, [1, 0])
+    hole = read_hole(tmp_path, [1, 0], 2)
     assert hole.dtype == torch.uint8 and np.array_equal(hole.numpy(), np.stack([index > 0] * 2))
-    assert torch.equal(read_hole(tmp_path / "00000.png", range(3)), hole[:1].expand(3, -1, -1))
-    with pytest.raises(BadVideoError, match="2 masks, frame 2"):
-        read_hole(tmp_path, [2])
+    assert torch.equal(read_hole(tmp_path / "00000.png", range(3), 3), hole[:1].expand(3, -1, -1))
+    for frames in (1, 3):
+        with pytest.raises(BadVideoError, match=f"2 masks for {frames} frames"):
+            read_hole(tmp_path, [0], frames)
+    Image.new("L", (9, 6)).save(tmp_path / "00001.png")
+    with pytest.raises(BadVideoError, match="different sizes: 8x6, 9x6"):
+        read_hole(tmp_path, [0, 1], 2)
+
+
+def test_what_is_transparent_is_no_hole(tmp_path):
+    wanted = np.zeros((6, 8), np.uint8)
+    wanted[1:3, 2:5] = 1
+    white = np.full((6, 8, 4), 255, np.uint8)
+    white[..., 3] = 255 * wanted
+    Image.fromarray(white).save(tmp_path / "0.png")
+    Image.fromarray(white[..., 2:]).save(tmp_path / "1.png")  # grey and alpha
+    palette = Image.fromarray(1 - wanted, "P")
+    palette.putpalette([255] * 6)
+    palette.save(tmp_path / "2.png", transparency=1)
+    opaque = np.dstack([np.repeat(255 * wanted[..., None], 3, 2), np.full((6, 8), 255, np.uint8)])
+    Image.fromarray(opaque).save(tmp_path / "3.png")
+    assert np.array_equal(read_hole(tmp_path, range(4), 4).numpy(), np.stack([wanted] * 4))
+    assert np.array_equal(read_hole(tmp_path / "1.png", [0], 4)[0].numpy(), wanted)
+
+
+def test_traces_of_compression_are_no_hole(tmp_path):
+    wanted = np.zeros((70, 90), np.uint8)
+    wanted[17:35, 22:45] = 1
+    Image.fromarray(255 * wanted).save(tmp_path / "mask.jpg", quality=60)
+    assert (np.array(Image.open(tmp_path / "mask.jpg")) > 0).mean() > 1.2 * wanted.mean(), "there are such traces"
+    for path in (tmp_path / "mask.jpg", tmp_path):
+        assert abs(float(read_hole(path, [0], 1).float().mean()) - wanted.mean()) < 0.001
 
 
 def test_mask_videos_are_split_at_half(tmp_path):
     frames = torch.full((4, 3, 16, 16), 20, dtype=torch.uint8)
     frames[:, :, 4:12, :8] = 230
     write_video(tmp_path / "mask.mp4", frames, 8)
-    assert torch.equal(read_hole(tmp_path / "mask.mp4", [0, 3]), (frames[[0, 3], 0] > 127).to(torch.uint8))
+    assert torch.equal(read_hole(tmp_path / "mask.mp4", [0, 3], 4), (frames[[0, 3], 0] > 127).to(torch.uint8))
     write_video(tmp_path / "single.mp4", frames[:1], 8)
     one = (frames[:1, 0] > 127).to(torch.uint8)
-    assert torch.equal(read_hole(tmp_path / "single.mp4", range(3)), one.expand(3, -1, -1))
+    assert torch.equal(read_hole(tmp_path / "single.mp4", range(3), 3), one.expand(3, -1, -1))

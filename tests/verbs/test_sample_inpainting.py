@@ -54,6 +54,25 @@ def test_a_hole_in_a_video_is_filled_and_the_rest_is_the_video(davis, tmp_path, 
     assert (made - other)[hole].abs().mean() > 5, "each version has noise of its own"
 
 
+def test_a_single_frame_becomes_a_picture_beside_nothing_of_an_earlier_clip(davis, tmp_path):
+    (tmp_path / "one").mkdir()
+    first = sorted((davis / "JPEGImages/480p/val-03").iterdir())[0]
+    (tmp_path / "one" / first.name).write_bytes(first.read_bytes())
+    words = [*WORDS, *given(davis, video=tmp_path / "one", mask=davis / "Annotations/480p/val-03/00000.png")]
+    out = tmp_path / "out"
+    out.mkdir()
+    earlier = [out / name for name in ("clip_000.mp4", "clip_000_result.mp4", "clip_000.gif")]
+    others = [out / name for name in ("clip_0001.mp4", "clip_001.mp4", "clip_000_mask.png", "first.mp4")]
+    for path in (*earlier, *others):
+        path.touch()
+    assert sample.main([*words, f"out={out}"]) == 0
+    assert {path.name for path in out.iterdir()} == {"clip_000.png", "clip_000_result.png", *(p.name for p in others)}
+    assert sample.main([*words, "name=mine", f"out={tmp_path / 'named'}"]) == 0
+    assert [path.name for path in (tmp_path / "named").iterdir()] == ["mine.png"]
+    with Image.open(tmp_path / "named" / "mine.png") as made, Image.open(first) as was:
+        assert made.size == was.size == (64, 64)
+
+
 def test_a_prior_shows_through_at_the_rate_of_the_video(davis, tmp_path):
     """Of the last step alone hardly anything is the network's; of all steps hardly anything is the prior's."""
     frames_of, hole_of = (pictures(davis / kind / "480p/val-03")[:10] for kind in ("JPEGImages", "Annotations"))
@@ -62,9 +81,12 @@ def test_a_prior_shows_through_at_the_rate_of_the_video(davis, tmp_path):
     write_video(tmp_path / "clip.mp4", frames_of.to(torch.uint8).permute(0, 3, 1, 2), 10)
     write_video(tmp_path / "prior.mp4", prior.permute(0, 3, 1, 2), 10)
     hole, apart = hole_of.amax(-1) > 0, {}
+    (tmp_path / "masks").mkdir()
+    for path in sorted((davis / "Annotations/480p/val-03").iterdir())[:10]:
+        (tmp_path / "masks" / path.name).write_bytes(path.read_bytes())
     for strength in (0.01, 1.0):
         out = tmp_path / str(strength)
-        words = given(davis, video=tmp_path / "clip.mp4", prior=tmp_path / "prior.mp4")
+        words = given(davis, video=tmp_path / "clip.mp4", mask=tmp_path / "masks", prior=tmp_path / "prior.mp4")
         words += ["model.sampler.num_inference_steps=10", f"model.sampler.prior_strength={strength}", f"out={out}"]
         assert sample.main([*WORDS[:1], "validation.fps=8", *words]) == 0
         apart[strength] = (frames(out / "clip_000_result.mp4") - prior)[hole].abs().mean()

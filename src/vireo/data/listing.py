@@ -1,5 +1,6 @@
 """What a dataset consists of: the clips found below a folder, or those listed in an annotation file."""
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from typing import Any
 from vireo import json_files
 from vireo.errors import UserError
 from vireo.video_io import VIDEO_SUFFIXES, is_frame
+
+logger = logging.getLogger(__name__)
 
 SKIPPED = ".nomedia"  # as media players have it
 
@@ -42,9 +45,10 @@ def _resolved(root: str) -> Path:
 def list_folder(root: Path) -> list[Entry]:
     """All videos below `root`, or if there is none all folders of frames below it, sorted by name.
 
-    Videos come first because pictures that lie beside them (first frames, thumbnails) are no clips. Links are followed,
-    hidden files and folders are not, nor are folders below `root` with a file .nomedia, the sign for those that hold
-    something else. Raises UserError if the folder is missing or holds no clip.
+    Videos come first because pictures that lie beside them (first frames, thumbnails) are no clips; folders of pictures
+    alone that are left out for it are told. Links are followed, hidden files and folders are not, nor are folders below
+    `root` with a file .nomedia, the sign for those that hold something else. Raises UserError if the folder is missing
+    or holds no clip.
     """
     if not root.is_dir():
         raise UserError(f"there is no folder {root}: expected a folder with videos or with folders of frames")
@@ -60,10 +64,17 @@ def list_folder(root: Path) -> list[Entry]:
             below.clear()
             continue
         below[:] = [name for name in below if not name.startswith(".")]
-        videos += [Path(folder, name) for name in files if _is_video(name)]
-        if Path(folder) != root and any(is_frame(name) for name in files):
+        here = [Path(folder, name) for name in files if _is_video(name)]
+        videos += here
+        if Path(folder) != root and not here and any(is_frame(name) for name in files):
             frame_folders.append(Path(folder))
     found = videos or frame_folders
+    if videos and frame_folders:
+        logger.warning(
+            "%s has videos, so %d folders of pictures in it are no clips: if they are, move them elsewhere; if "
+            "not, a file %s in each keeps this quiet:\n%s",
+            root, len(frame_folders), SKIPPED, shortened(sorted(str(one.relative_to(root)) for one in frame_folders)),
+        )  # fmt: skip
     if not found:
         expected = f"videos ({', '.join(sorted(VIDEO_SUFFIXES))}), or one folder of .jpg or .png for each clip"
         raise UserError(f"there are no clips in {root}: expected {expected}, in subfolders or not")

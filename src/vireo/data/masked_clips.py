@@ -13,7 +13,7 @@ from torch.nn.functional import interpolate
 
 from vireo.data.held_out import held_out_names
 from vireo.data.listing import Entry, list_folder, shortened
-from vireo.data.masks import MovingShapes, dilate, read_hole
+from vireo.data.masks import MovingShapes, dilate, read_hole, wrong_number
 from vireo.data.scan import scan
 from vireo.data.source import Source, check_content, identify
 from vireo.data.transforms import RESAMPLER, covering_size, crop_centre, resize
@@ -50,7 +50,7 @@ class MaskedClips:
     davis, ytvos: roots in these layouts (`vireo.data.vos_layouts`); videos: a folder of any videos or folders of
     frames; null: not used. repeat: how often an epoch has each video of a source, once where nothing is said.
     mask: draws holes (num_frames, height, width, draws), as `vireo.data.masks.MovingShapes` does. masks: a folder with
-    holes of these videos instead, `<name>/`, `<name>.png` or `<name>.mp4`; those it lacks have drawn ones.
+    holes of these videos instead, `<name>/`, `<name>.png` or `<name>.mp4`; what it lacks is told, and drawn.
     split: "train"; "validation" gives the first frames of each held-out video, the same hole every time: DAVIS's
     annotation unless `annotations` is false, else one drawn by the video's name.
     dilation: pixels by which holes that are read are grown.
@@ -60,7 +60,8 @@ class MaskedClips:
     and width, sides are cut to multiples of 8, and masks are resized bilinearly (and split at half, where the published
     code keeps fractions at their edges). Then videos of several shapes need batch_size=1.
     validation_size: "native" leaves validation clips as large as they are; "crop" makes them as those of training.
-    max_bad_fraction: largest share of videos that cannot be read; they are left out and reported.
+    max_bad_fraction: largest share of videos that cannot be read, or whose masks are of another number or size; they
+    are left out and reported.
     allow_outside_root: whether DAVIS's lists may name videos outside its folder of frames.
     Videos of fewer than num_frames frames are left out and counted. Raises UserError if nothing is left, or for what
     cannot be used.
@@ -103,12 +104,18 @@ class MaskedClips:
 
         entries = self._list()
         self.infos, self.bad = self._scan(entries)
+        self._check_bad(len(entries))
         short = {name for name, info in self.infos.items() if info.num_frames < num_frames}
         usable = {name: entry for name, entry in entries.items() if name in self.infos and name not in short}
         self.too_short = Counter(_source(name) for name in short)
         self._report(usable)
         held_out_here = self._held_out(entries, set(usable))
         wanted = {name: entry for name, entry in usable.items() if (name in held_out_here) == (split == "validation")}
+        holes = self._hole_files(usable, wanted)
+        unsuited = self._unsuited(holes)
+        self.bad |= unsuited
+        self._check_bad(len(entries))
+        wanted = {name: entry for name, entry in wanted.items() if name not in unsuited}
         if not wanted and split == "train" and held_out != "all":
             raise UserError(
                 f"no video is left to train on: {len(usable)} of {len(entries)} have num_frames={num_frames} frames "
@@ -117,7 +124,7 @@ class MaskedClips:
         self.videos = wanted
         times = self.repeat if split == "train" else dict.fromkeys(SOURCES, 1)
         self.order = [name for name in wanted for _ in range(times[_source(name)])]
-        self.holes = {name: hole for name, entry in wanted.items() if (hole := self._hole_file(entry)) is not None}
+        self.holes = {name: holes[name] for name in wanted if name in holes}
         self._digests: dict[str, dict[Path, str]] = {}  # by video and file, in order
 
     def __len__(self) -> int:
@@ -219,21 +226,39 @@ class MaskedClips:
         """For `vireo sample`: one whole video with its hole, as a sample, decoded; "has_truth" is False in it.
 
         video, mask: a video file or a folder of frames; the mask also one picture for all. prior: a video of the same
-        length with the hole already filled in some way, "prior_frames" of the sample. The longer side becomes at most
-        `max_side` pixels, both are cut to multiples of 8. Raises UserError.
+        length and, but for its scale, the same picture, with the hole already filled in some way, "prior_frames" of the
+        sample. The longer side becomes at most `max_side` pixels, both are cut to multiples of 8. Raises UserError,
+        also for a mask without a hole, or with nothing else.
         """
+        longest = int(max_side) if str(max_side).isdecimal() else 0
+        if longest < MULTIPLE or dilation < 0:
+            raise UserError(
+                f"max_side={max_side}, data.dilation={dilation}: whole numbers of pixels are expected, at least "
+                f"{MULTIPLE} and 0"
+            )
         path = Path(video).expanduser()
         frames, fps = _whole(path)
-        hole = dilate(read_hole(Path(mask).expanduser(), range(len(frames))), dilation)
-        if hole.shape[1:] != frames.shape[2:]:
-            found, wanted = ("x".join(map(str, reversed(size))) for size in (hole.shape[1:], frames.shape[2:]))
-            raise UserError(f"mask={mask} is {found} pixels, the video {wanted}: they have to be the same")
-        scale = min(1.0, int(max_side) / max(frames.shape[2:]))
-        fit = _whole_picture([int(side * scale) for side in frames.shape[2:]])
+        own = frames.shape[2:]
+        scale = min(1.0, longest / max(own))
+        fit = _whole_picture([int(side * scale) for side in own])
+        if not all(fit.crop):
+            told = f", {_sides(fit.size)} with max_side={max_side}" if scale < 1 else ""
+            raise UserError(f"video={video} is {_sides(own)} pixels{told}: at least {MULTIPLE}x{MULTIPLE} are needed")
+        read = read_hole(Path(mask).expanduser(), range(len(frames)), len(frames))
+        if read.shape[1:] != own:
+            raise UserError(
+                f"mask={mask} is {_sides(read.shape[1:])} pixels, the video {_sides(own)}: they have to be the same"
+            )
+        hole = dilate(read, dilation)
+        if (resized := fit.hole(hole, "nearest-exact")).float().mean() in (0, 1):
+            raise UserError(
+                f"mask={mask} makes {resized.float().mean():.0%} of the video a hole: expected white where it is to be "
+                "filled, black or transparent where it stays"
+            )
         sample = {
             "frames": fit.pictures(frames),
             "masked_frames": fit.pictures(_blackened(frames, hole)),
-            "hole": fit.hole(hole, "nearest-exact"),
+            "hole": resized,
             "prompt": prompt,
             "name": path.stem,
             "fps": fps,
@@ -243,6 +268,12 @@ class MaskedClips:
             filled, _ = _whole(Path(prior).expanduser())
             if len(filled) != len(frames):
                 raise UserError(f"prior={prior} has {len(filled)} frames, the video {len(frames)}")
+            (height, width), (own_height, own_width) = filled.shape[2:], own
+            if abs(width * own_height - height * own_width) >= MULTIPLE * max(own):  # sides may be cut to multiples
+                raise UserError(
+                    f"prior={prior} is {_sides(filled.shape[2:])} pixels, the video {_sides(own)}: expected the same "
+                    "picture, larger or smaller as a whole"
+                )
             sample["prior_frames"] = fit.pictures(filled)
         return sample
 
@@ -265,18 +296,21 @@ class MaskedClips:
         return davis(self.roots["davis"], image_set, self.allow_outside_root)
 
     def _scan(self, entries: Mapping[str, Entry]) -> tuple[dict[str, VideoInfo], dict[str, str]]:
-        """The videos that can be read, and why the others cannot. Raises UserError for too many of these."""
+        """The videos that can be read, and why the others cannot."""
         findings: dict[str, VideoInfo | str] = {}
         for source, root in self.roots.items():
             findings |= scan({name: one.path for name, one in entries.items() if _source(name) == source}, root)
         bad = {name: found for name, found in findings.items() if isinstance(found, str)}
-        if len(bad) / len(findings) > self.max_bad_fraction:
-            reasons = shortened([f"{name}: {reason}" for name, reason in bad.items()])
+        return {name: found for name, found in findings.items() if isinstance(found, VideoInfo)}, bad
+
+    def _check_bad(self, videos: int) -> None:
+        """Raises UserError if too many of so many videos are bad."""
+        if len(self.bad) / videos > self.max_bad_fraction:
+            reasons = shortened([f"{name}: {reason}" for name, reason in self.bad.items()])
             raise UserError(
-                f"{len(bad)} of {len(findings)} videos cannot be read, more than max_bad_fraction="
+                f"{len(self.bad)} of {videos} videos cannot be read, more than max_bad_fraction="
                 f"{self.max_bad_fraction} allows:\n{reasons}\nmend, replace or remove them"
             )
-        return {name: found for name, found in findings.items() if isinstance(found, VideoInfo)}, bad
 
     def _report(self, usable: Mapping[str, Entry]) -> None:
         if not usable:
@@ -305,6 +339,46 @@ class MaskedClips:
         if unknown:
             raise UserError(f"held_out names {', '.join(unknown)}, which no source has")
         return {by_short.get(name, name) for name in rule}
+
+    def _hole_files(self, usable: Mapping[str, Entry], wanted: Mapping[str, Entry]) -> dict[str, Path]:
+        """Where the holes of this split's videos can be read. Raises UserError for `masks` that are of no video."""
+        found = {name: hole for name, entry in usable.items() if (hole := self._hole_file(entry)) is not None}
+        if self.masks is not None:
+            if not found:
+                name = next(iter(usable)).partition("/")[2]
+                there = ", ".join(sorted(path.name for path in self.masks.iterdir())[:5]) or "nothing"
+                raise UserError(
+                    f"masks={self.masks} has a mask of no video: expected names of videos, such as {name}/, "
+                    f"{name}.png or {name}.mp4; there is {there}"
+                )
+            if lacking := [name for name in wanted if name not in found]:
+                logger.warning(
+                    "%d of %d videos (%s) have no mask in %s, so their holes are drawn:\n%s",
+                    len(lacking), len(wanted), self.split, self.masks, shortened(lacking),
+                )  # fmt: skip
+        return {name: found[name] for name in wanted if name in found}
+
+    def _unsuited(self, holes: Mapping[str, Path]) -> dict[str, str]:
+        """The videos whose masks do not suit them, and why; only headers and one picture of each are looked at."""
+        root = self.masks or self.roots.get("davis", Path())
+        by_kind: tuple[dict[str, Path], dict[str, Path]] = {}, {}  # folders and videos; pictures
+        for path in holes.values():
+            by_kind[path.suffix.lower() in IMAGE_SUFFIXES][path.relative_to(root).as_posix()] = path
+        looked_at = scan(by_kind[False], root) | scan(by_kind[True], root, pictures=True)
+        reasons = {}
+        for name, path in holes.items():
+            info, found = self.infos[name], looked_at[path.relative_to(root).as_posix()]
+            if isinstance(found, str):
+                reasons[name] = f"{path}: {found}"
+            elif wrong := wrong_number(found.num_frames, info.num_frames):
+                reasons[name] = f"{path}: {wrong}"
+            elif (found.height, found.width) != (info.height, info.width):
+                sizes = f"{found.width}x{found.height} pixels for {info.width}x{info.height}"
+                reasons[name] = f"{path}: masks of {sizes}"
+        if reasons:
+            told = shortened([f"{name}: {reason}" for name, reason in reasons.items()])
+            logger.warning("videos (%s) whose masks do not suit them are left out:\n%s", self.split, told)
+        return reasons
 
     def _hole_file(self, entry: Entry) -> Path | None:
         """Where this video's hole can be read."""
@@ -355,7 +429,7 @@ class MaskedClips:
         if name not in self.holes:
             hole = self.mask(len(numbers), info.height, info.width, draws)
             return hole.flip(0) if numbers[0] > numbers[-1] else hole
-        hole = dilate(read_hole(self.holes[name], numbers), self.dilation)
+        hole = dilate(read_hole(self.holes[name], numbers, info.num_frames), self.dilation)
         if hole.shape[1:] != (info.height, info.width):
             found = "x".join(map(str, hole.shape[:0:-1]))
             raise BadVideoError(self.holes[name], f"masks of {found} pixels for {info.width}x{info.height}")
@@ -464,6 +538,11 @@ def _whole(path: Path) -> tuple[Tensor, float]:
     """All frames of a video, and how many it has a second."""
     with VideoReader(path) as video:
         return video.get(range(len(video))), video.fps
+
+
+def _sides(size: Sequence[int]) -> str:
+    """(height, width) as people write it."""
+    return f"{size[1]}x{size[0]}"
 
 
 def _source(name: str) -> str:

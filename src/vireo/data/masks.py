@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vireo.errors import UserError
 from vireo.randomness import Draws
-from vireo.video_io import IMAGE_SUFFIXES, BadVideoError, VideoReader, read_image
+from vireo.video_io import IMAGE_SUFFIXES, BadVideoError, VideoReader, frame_files, read_image
 
 # The published generator draws on a figure of 640 x 480 with these margins around its axes, and samples that.
 PLATE = (480, 640)  # height, width
@@ -21,6 +21,8 @@ LEFT, BOTTOM, WIDTH, HEIGHT = 0.125, 0.11, 0.775, 0.77
 OUTLINE = 2.8  # pixels, 2 points at 100 dots an inch
 SAMPLES = 16  # points of each curve
 ACCELERATION, TURN = 1.5, 0.25  # standard deviations a frame, pixels and radians
+HALF = 127  # the darkest grey
+LOSSY = (".jpeg", ".jpg")
 
 
 class MovingShapes:
@@ -89,27 +91,50 @@ def dilate(hole: Tensor, times: int) -> Tensor:
     return hole
 
 
-def read_hole(path: Path, indices: Sequence[int]) -> Tensor:
+def read_hole(path: Path, indices: Sequence[int], num_frames: int) -> Tensor:
     """The hole of these frames from a folder of masks, one picture for all frames, or a mask video; uint8 (T, H, W).
 
-    In pictures all that is not black is hole, whatever the grey or palette: annotations number their objects from 1 and
-    show them in dark colours. In videos, which are compressed, what is brighter than half. A single mask is for all
-    frames. Raises BadVideoError if a mask cannot be read or is missing.
+    In pictures all that is neither black nor transparent is hole, whatever the grey or palette: annotations number
+    their objects from 1 and show them in dark colours. In JPEG files and videos, whose compression leaves traces on
+    black, what is brighter than half. num_frames: of the video; there have to be as many masks, or a single one for all
+    frames. Raises BadVideoError if a mask cannot be read, or for another number of them.
     """
     if path.suffix.lower() in IMAGE_SUFFIXES:
-        return _marked(read_image(path)[None], 0).expand(len(indices), -1, -1)
-    darkest = 0 if path.is_dir() else 127
+        return _picture(path)[None].expand(len(indices), -1, -1)
+    if path.is_dir():
+        files = frame_files(path)
+        places = _places(path, indices, len(files), num_frames)
+        holes = {place: _picture(files[place]) for place in set(places)}
+        sizes = {f"{hole.shape[1]}x{hole.shape[0]}" for hole in holes.values()}
+        if len(sizes) > 1:
+            raise BadVideoError(path, f"its masks have different sizes: {', '.join(sorted(sizes))}")
+        return torch.stack([holes[place] for place in places])
     with VideoReader(path) as video:
-        if len(video) == 1:
-            return _marked(video.get([0]), darkest).expand(len(indices), -1, -1)
-        if len(video) <= max(indices):
-            raise BadVideoError(path, f"there are {len(video)} masks, frame {max(indices)} has none")
-        return _marked(video.get(list(indices)), darkest)
+        return _brighter(video.get(_places(path, indices, len(video), num_frames)), HALF)
 
 
-def _marked(pictures: Tensor, darkest: int) -> Tensor:
-    """uint8 (T, 3, H, W) -> (T, H, W)."""
-    return (pictures.amax(dim=1) > darkest).to(torch.uint8)
+def wrong_number(num_masks: int, num_frames: int) -> str:
+    """Why so many masks do not suit a video, for people; empty if they do."""
+    if num_masks in (1, num_frames):
+        return ""
+    return f"there are {num_masks} masks for {num_frames} frames: expected as many, or a single one for all"
+
+
+def _places(path: Path, indices: Sequence[int], num_masks: int, num_frames: int) -> list[int]:
+    """Which masks are those of these frames."""
+    if wrong := wrong_number(num_masks, num_frames):
+        raise BadVideoError(path, wrong)
+    return [0] * len(indices) if num_masks == 1 else list(indices)
+
+
+def _picture(path: Path) -> Tensor:
+    """One mask, uint8 (H, W)."""
+    return _brighter(read_image(path, over_black=True), HALF if path.suffix.lower() in LOSSY else 0)
+
+
+def _brighter(pictures: Tensor, darkest: int) -> Tensor:
+    """uint8 (…, 3, H, W) -> (…, H, W)."""
+    return (pictures.amax(dim=-3) > darkest).to(torch.uint8)
 
 
 def _shape(radii: np.ndarray, height: int, width: int) -> np.ndarray:

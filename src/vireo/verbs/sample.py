@@ -6,7 +6,8 @@ vireo sample run=<run> video=<file> mask=<file> [prior=<file>] [max_side=960] [c
 Show what a trained network makes of held-out clips: side-by-side videos and PNG grids, and the further videos that
 the recipe's sampler offers, such as roll-outs. Or of what is given here, in as many versions as `clips` says: of a
 prompt, and for image-to-video a picture, or pictures of subjects; of a video and the hole in it. What people want of
-it is clip_000_result.mp4; with name=<id> it is <id>.mp4 and nothing else, for benchmarks that score folders of videos.
+it is clip_000_result.mp4, of a single frame clip_000_result.png; with name=<id> it is <id>.mp4 (or .png) and nothing
+else, for benchmarks that score folders of videos. What an earlier call left of a clip of the same number is removed.
 A dataset's class takes part by a static method `from_files`, which gets what it names of its node's values and of
 these, and returns a sample.
 Default folder: <run>/samples/by_hand.
@@ -39,7 +40,7 @@ def main(words: Sequence[str]) -> int:
     from vireo.comparison import FPS, show
     from vireo.validation import further_videos, score_clips
     from vireo.verbs import trained
-    from vireo.video_io import write_video
+    from vireo.video_io import write_picture, write_video
 
     network, about = trained.network(given)
     encoder = objects.encoder(given.settings)
@@ -58,15 +59,31 @@ def main(words: Sequence[str]) -> int:
             print(f"clip {score.clip} is left out: {score.name}: {score.unreadable}")
             continue
         rates[score.clip] = (fps or score.fps) if sample is None else (score.fps or fps)  # people's own keep theirs
-        written = [] if name else show(columns, folder / f"clip_{score.clip:03d}", rates[score.clip], gif)
-        if sample is not None and len(columns[sampler.result]) > 1:
-            written.append(folder / (f"{name}.mp4" if name else f"clip_{score.clip:03d}_result.mp4"))
-            write_video(written[-1], columns[sampler.result], rates[score.clip] or FPS)
+        stem, result, written = f"clip_{score.clip:03d}", columns[sampler.result], []
+        if not name:
+            _remove_earlier(folder, stem)
+            written += show(columns, folder / stem, rates[score.clip], gif)
+        if sample is not None:
+            moves = len(result) > 1
+            written.append(folder / f"{name or f'{stem}_result'}.{'mp4' if moves else 'png'}")
+            if moves:
+                write_video(written[-1], result, rates[score.clip] or FPS)
+            else:
+                write_picture(written[-1], result[0])
         psnr = f"  {score.measures['psnr']:.2f} dB" if "psnr" in score.measures else ""
         print(f"{', '.join(map(str, written))}  {score.name}{psnr}")
     for clip, title, columns in further_videos(network, encoder, sampler, stream, list(rates), batch_size, device):
         print(*show(columns, folder / f"clip_{clip:03d}_{title}", rates[clip], gif), sep=", ")
     return 0
+
+
+def _remove_earlier(folder: Path, stem: str) -> None:
+    """What another call has written of a clip of this number: beside the new files it would pass for theirs.
+
+    Exact names, since people may keep files of theirs, such as clip_000_mask.png, in the same folder.
+    """
+    for name in (f"{stem}.gif", f"{stem}.mp4", f"{stem}.png", f"{stem}_result.mp4", f"{stem}_result.png"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _from_files(node: Mapping[str, Any], files: Mapping[str, str]) -> dict[str, Any]:
