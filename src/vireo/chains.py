@@ -35,6 +35,8 @@ def run(
     export, done = None, None
     for number, (name, words) in enumerate(stages.items(), 1):
         first = [key.removeprefix(f"chain.{name}.") for key in swept]
+        if swept and number > 1:  # what an earlier stage varies
+            first.append("init_from")
         stage = config.settings(words, swept=first, init_from=export)
         runs[name] = os.path.relpath(config.run_folder(stage), folder)
         run_folder.write_json(folder / run_folder.CHAIN, runs)
