@@ -23,6 +23,7 @@ from vireo import config
 
 ROOT = Path(__file__).parents[1]
 EFFICIENCY, START, SWEEP = 0.85, 1.5, 1.3  # bounds
+ONE_ROUND = "not judged, one round"  # whose interval is a point
 IDLE = 1.7  # cores that have to be idle for the first measurement
 
 # What no program that trains the recipe with these libraries can do without; torch's optimizers import torch._dynamo.
@@ -97,7 +98,8 @@ def measure_strategies(names: list[str], steps: int, rounds: int, outputs: Path)
         said += f"  efficiency {statistics.median(efficiencies):.2f} [{low:.2f}, {high:.2f}]"
         if name == "ddp":
             busy = f">= {EFFICIENCY}: not measured, two cores were not idle"
-            said += f"  {at_least(EFFICIENCY, low, high) if quiet else busy}"
+            judged = at_least(EFFICIENCY, low, high) if len(pairs) > 1 else f">= {EFFICIENCY}: {ONE_ROUND}"
+            said += f"  {judged if quiet else busy}"
         print(f"{name:<14} {said}", flush=True)
 
 
@@ -155,7 +157,7 @@ def compare(title: str, a: str, b: str, found: list[tuple[float, float]], bound:
     seconds = [statistics.median(column) for column in zip(*found, strict=True)]
     print(
         f"{title:<14} {a} {seconds[0]:.1f} s, {b} {seconds[1]:.1f} s, ratio {statistics.median(ratios):.2f} "
-        f"[{low:.2f}, {high:.2f}]  {at_most(bound, low, high)}",
+        f"[{low:.2f}, {high:.2f}]  {at_most(bound, low, high) if len(found) > 1 else f'<= {bound}: {ONE_ROUND}'}",
         flush=True,
     )
 

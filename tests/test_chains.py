@@ -128,6 +128,23 @@ def test_a_sweep_over_a_stages_key_shares_the_stage_before(vireo, tmp_path):  # 
     assert "chain.two.lr=0.001" in said and "chain.two.lr=0.0001" in said
 
 
+def test_a_sweep_of_a_named_chain_has_runs_of_its_own_for_each_job(tmp_path):
+    """Also of the stage after the one whose key is swept: it starts from another export."""
+    runs_of = []
+    for lr in ("1e-3", "1e-4"):
+        words = [*CHAIN, "run=both", f"paths.outputs={tmp_path}", f"++chain.one.lr={lr}"]
+        settings = config.settings(words, swept=["chain.one.lr"])
+
+        def stage(settings, words):
+            runs_of.append(settings["run"])
+            return launch.Job(list(words), config.run_folder(settings), faults.EXIT_FINISHED)
+
+        chains.run(settings, words, ["chain.one.lr"], stage)
+    assert len(set(runs_of)) == 4, runs_of
+    assert [name[:8] for name in runs_of] == ["both-one", "both-two"] * 2
+    assert len(list(tmp_path.glob("taehv/both_lr-*/chain.json"))) == 2
+
+
 @pytest.mark.full
 def test_starting_afresh_leaves_the_earlier_runs(vireo, tmp_path):  # noqa: F811
     assert vireo("train", *CHAIN, "run=both")[0] == 0

@@ -16,7 +16,8 @@ import torch
 import yaml
 
 from tests import runs
-from vireo import checkpoint, cli, faults, launch, run_folder
+from vireo import checkpoint, cli, faults, global_batch, launch, run_folder
+from vireo.errors import UserError
 from vireo.mini import world
 
 ROOT = Path(__file__).parents[1]
@@ -101,6 +102,32 @@ def test_a_named_run_can_be_lengthened_but_not_changed(vireo, tmp_path):
     assert vireo("train", *runs.TINY, "run=mine", "steps=6", "lr=0.5", "allow_changes=[lr]", "loader.workers=1")[0] == 0
     told = "changed: loader.workers: 0 in the run, 1 now; lr: 0.0005 in the run, 0.5 now; steps: 5 in the run, 6 now\n"
     assert told in (tmp_path / "taehv" / "mine" / "train.log").read_text()
+
+
+def test_processes_that_cannot_share_the_global_batch_leave_a_finished_run_as_it_is(vireo, tmp_path):
+    assert vireo("train", *runs.TINY, "run=mine", "steps=3")[0] == 0
+    folder = tmp_path / "taehv" / "mine"
+    before = {name: (folder / name).read_bytes() for name in ("finished", "resolved.yaml", "overrides.json")}
+    code, said = vireo("train", *runs.TINY, "run=mine", "steps=5", "launcher.processes=2")
+    assert code == 2 and "a global batch of 2, which 2 processes with batch_size=2 cannot share" in said
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    assert "with 2, batch_size=1 allow_changes=[batch_size] can" in said
+    assert vireo("train", *runs.TINY, "run=mine", "steps=3", "launcher.processes=2")[0] == 0, "nothing to be done"
+    advised = ["batch_size=1", "allow_changes=[batch_size]"]
+    assert vireo("train", *runs.TINY, "run=mine", "steps=5", "launcher.processes=2", *advised)[0] == 0
+
+
+def test_what_is_told_of_a_global_batch_that_cannot_be_shared():
+    assert global_batch.accumulation(12, 2, 3) == 2
+    told = {
+        (12, 2, 4): "launcher.processes=1 or 2 or 3 or 6 can (on all machines together); with 4, batch_size=1 allow",
+        (12, 2, 5): "launcher.processes=1 or 2 or 3 or 6 can (on all machines together)$",
+        (12, 8, 4): "share equally; with 4, batch_size=3 allow_changes=[batch_size] can$",
+        (12, 8, 5): "share equally; a number that divides 12 can, with batch_size=1 allow_changes=[batch_size]",
+    }
+    for numbers, advice in told.items():
+        with pytest.raises(UserError, match=re.escape(advice).replace(r"\$", "$")):
+            global_batch.accumulation(*numbers)
 
 
 def test_a_run_that_preempts_itself_equals_an_undisturbed_one(vireo, tmp_path):

@@ -217,6 +217,15 @@ def test_who_started_this(monkeypatch):
         assert ranks.started() == (5, 8, "srun")
 
 
+def test_a_world_of_one_counts_only_where_somebody_starts_it_again(monkeypatch):
+    left_over = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+    fresh = {name: value for name, value in os.environ.items() if name not in (*left_over, "SUBMITIT_EXECUTOR")}
+    monkeypatch.setattr(os, "environ", {**fresh, **left_over, "TORCHELASTIC_RUN_ID": "x"})
+    assert ranks.started() == (0, 1, "torchrun or accelerate launch") and "RANK" in os.environ
+    monkeypatch.setattr(os, "environ", {**fresh, **left_over})
+    assert ranks.started() is None and not left_over.keys() & os.environ.keys()
+
+
 def test_sweeps_and_other_launchers_are_refused():
     two = ranks.World(0, 2, "srun")
     for words in (["-m", "seed=1,2"], ["seed=1", "--multirun"], ["hydra.mode=MULTIRUN"]):

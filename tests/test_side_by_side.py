@@ -69,6 +69,29 @@ def test_a_job_that_fails_or_dies_stops_no_other(jobs, tmp_path):
     assert notes[1]["message"] == "its process died" and sweeps.exit_code(tmp_path) == 137
 
 
+def test_jobs_have_nothing_of_a_world_that_the_environment_speaks_of(jobs, tmp_path, monkeypatch):
+    """That of torchrun with one process: two jobs would meet at its port."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "29511", "TORCHELASTIC_RUN_ID": "x"}.items():
+        monkeypatch.setenv(name, value)
+
+    def look() -> int:
+        left = [
+            name for name in os.environ if name in ("RANK", "WORLD_SIZE") or name.startswith(("MASTER_", "TORCHEL"))
+        ]
+        sweeps.note(tmp_path / "0", exit_code=0, left=left)
+        return 0
+
+    jobs.start(look, tmp_path / "0", [], jobs=1, processes=1)
+    jobs.close()
+    assert sweeps.read(tmp_path / "0")["left"] == [] and os.environ["RANK"] == "0"
+
+
+def test_the_output_of_a_job_that_died_beside_others_is_named(jobs, tmp_path):
+    jobs.start(lambda: os._exit(9), tmp_path / "0", [], jobs=2, processes=1)
+    jobs.close()
+    assert sweeps.read(tmp_path / "0")["message"] == f"its process died; what it printed: {tmp_path / '0/console.log'}"
+
+
 def test_a_signal_is_passed_on_and_nothing_more_is_started(jobs, tmp_path):
     """As a batch system does it: to the parent alone."""
     before = signal.getsignal(signal.SIGTERM)

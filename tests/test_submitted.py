@@ -139,19 +139,81 @@ def test_who_waits_for_slurm_no_longer_is_told_what_goes_on(tmp_path, monkeypatc
     assert launch.compose_and_run([]) == 75
     said = capsys.readouterr()
     assert "jobs that go on: 17_1\nto end them: scancel 17\n" in said.err and f"sweep={sweep}" in said.err
-    assert str(sweep / "sweep.csv") in said.out
+    assert said.out == "", "no job has begun"
 
 
 def test_what_would_not_be_queued_is_refused(monkeypatch):
     with pytest.raises(UserError, match="Hydra ignores it. Say launcher=slurm"):
         submitted.check(["hydra/launcher=vireo_slurm"])
     submitted.check(["-m", "hydra/launcher=vireo_slurm"])
+    with pytest.raises(UserError, match="hydra/sweeper=optuna is for sweeps; without -m, Hydra ignores it"):
+        submitted.check(["hydra/sweeper=optuna", "lr=1"])
+    for words in (["--multirun"], ["hydra.mode=MULTIRUN"], ["launcher=slurm"]):
+        submitted.check([*words, "hydra/sweeper=optuna"])
+    for word in ("hydra/sweeper=optuna", "hydra.sweep.dir=x"):
+        with pytest.raises(UserError, match=f"{word} is for the command line"):
+            launch.train(*runs.TINY, word)
     with pytest.raises(UserError, match="launcher=slurm is for the command line"):
         launch.train(*runs.TINY, "launcher=slurm")
     monkeypatch.setattr(submitted.importlib.util, "find_spec", lambda name: None)
     submitted.check(["launcher=local"])
     with pytest.raises(UserError, match=r"pip install 'vireo\[slurm\]'"):
         submitted.check(["launcher=slurm"])
+
+
+def test_jobs_of_this_machine_wait_for_their_turn_and_share_it(tmp_path):
+    """Three, two at a time: submitit itself starts all at once."""
+    code = (
+        "import os, sys, time; from vireo import devices, submitted; devices.cores = lambda: 8\n"
+        "with submitted.turn(2, 1):\n"
+        "    began = time.time(); time.sleep(0.6); print(began, time.time(), os.environ['OMP_NUM_THREADS'])"
+    )
+    variables = {**environment(tmp_path), "SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_JOB_ID": "1"}
+    variables["SUBMITIT_FOLDER"] = str(tmp_path / "%j")
+    del variables["OMP_NUM_THREADS"]
+    jobs = [
+        subprocess.Popen([sys.executable, "-c", code], env=variables, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    found = [job.communicate(timeout=60)[0].split() for job in jobs]
+    spans = [(float(began), float(ended)) for began, ended, _ in found]
+    assert max(sum(a <= b < e for a, e in spans) for b, _ in spans) == 2
+    assert {threads for *_, threads in found} == {"4"}
+
+
+def test_a_refusal_of_sbatch_is_told_once(tmp_path, monkeypatch):
+    for name in ("sbatch", "srun"):
+        (tmp_path / name).write_text("#!/bin/sh\necho 'sbatch: error: no controller' >&2\nexit 1\n")
+        (tmp_path / name).chmod(0o755)
+    outputs = tmp_path / "out"
+    outputs.mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    parent = submit(outputs, "launcher=slurm", "steps=2")
+    said, _ = parent.communicate(timeout=300)
+    assert parent.returncode == 1 and said.count("no controller") == 1 and "(none)" not in said, said
+    assert "sbatch has refused, so no job was queued by it" in said and not list(outputs.rglob("sweep.csv"))
+
+
+def test_a_machine_without_slurm_is_told(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    submitted.require_queue("submitit_local")
+    with pytest.raises(UserError, match="launcher=slurm_multinode, but this machine has no sbatch and srun"):
+        submitted.require_queue("slurm_multinode")
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["launcher.slurm.sbatch={mail-type: END}", "launcher.slurm.sbatch.mail-type=END",
+     'launcher.slurm.srun=["--container-mounts=/data"]', "launcher.slurm.setup=[module load cuda]"],
+)  # fmt: skip
+def test_options_of_slurm_as_the_documentation_writes_them(word):
+    settings = config.settings([*runs.TINY, "launcher=slurm", word])["launcher"]["slurm"]
+    documented = (ROOT / "docs" / "configuration.md").read_text()
+    assert ".mail-type=" in word or f", as {word.partition('=')[2]} |" in documented
+    found = {**settings["sbatch"], "srun": settings["srun"], "setup": settings["setup"]}
+    expected = {"sbatch": ("mail-type", "END"), "srun": ("srun", ["--container-mounts=/data"])}
+    key, value = expected.get(word.split(".")[2].partition("=")[0], ("setup", ["module load cuda"]))
+    assert found[key] == value and found["requeue"]
 
 
 def test_mistakes_are_told_before_anything_is_queued(tmp_path):

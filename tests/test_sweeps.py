@@ -74,6 +74,28 @@ def test_a_job_that_was_mended_by_hand_is_finished(sweep, tmp_path):
     assert (row["state"], row["best"]) == ("finished", 24.0) and "job 1 (lr=2) stopped" not in sweeps.show(sweep)
 
 
+def test_a_job_that_failed_is_named_whatever_its_folder_says(tmp_path):
+    """Another job, or an earlier run, has finished there."""
+    run = make_run(tmp_path / "toy" / "a", [20.0])
+    for number, code in enumerate((0, 2, 1)):
+        sweeps.note(tmp_path / "sweep" / str(number), overrides=[f"lr={number}"], run=str(run), exit_code=code)
+    os.utime(run / "finished", (0, 0))
+    assert [row["state"] for row in sweeps.rows(tmp_path / "sweep")] == ["finished", "mistake", "failed (1)"]
+    said = sweeps.show(tmp_path / "sweep")
+    assert "job 1 (lr=1) mistake: see " in said and "job 2 (lr=2) failed (1): see " in said
+    with run_folder.lock(run):  # the folder belongs to somebody else: that was the mistake
+        assert [row["state"] for row in sweeps.rows(tmp_path / "sweep")] == ["running", "mistake", "running"]
+
+
+def test_notes_of_an_earlier_sweep_in_the_same_place_are_gone(sweep):
+    sweeps.fix(sweep, {})
+    assert sweeps.notes(sweep) == {} and sweeps.show(sweep) == f"no job of {sweep} has begun"
+    assert not (sweep / "sweep.csv").exists()
+    sweeps.note(sweep / "0", exit_code=75, message="stopped", changed=["sources"])
+    sweeps.begin(sweep / "0", ["lr=1"])
+    assert sweeps.read(sweep / "0") == {"overrides": ["lr=1"]}, "also of a job that is queued again"
+
+
 def test_one_job_needs_no_words(tmp_path):
     run = make_run(tmp_path / "toy" / "a", [20.0])
     words = ["seed=0", "lr=1", "experiment=taehv"]
@@ -159,6 +181,31 @@ def test_yaml_files_that_change_while_jobs_wait_are_told(train, tmp_path, monkey
     code, said, _ = train("--config-dir", str(tmp_path / "conf"), "experiment=taehv", "debug=mine", "seed=1,2")
     assert code == 0 and said.count("YAML files changed after the sweep began; this job runs what is there now") == 1
     assert "job 1 (seed=2) ran YAML files as changed after the sweep began" in said
+
+
+def test_what_shapes_no_result_can_be_swept_too(train, tmp_path):
+    words = ["experiment=taehv", "strategy=single,ddp", "run=one"]
+    code, said, started = train(*words)
+    assert code == 0 and "is finished" not in said
+    assert [name.rpartition("-")[0] for name in started] == ["one_strategy-single", "one_strategy-ddp"]
+    assert len({row["run"] for row in table(tmp_path)}) == 2
+
+
+def test_a_place_that_a_sweep_had_before_shows_the_new_one(train, tmp_path):
+    place = f"hydra.sweep.dir={tmp_path / 'sweeps' / 'here'}"
+    assert train("experiment=taehv", "seed=1,2", place)[0] == 0
+    code, said, started = train("experiment=taehv", "seed=2", place)
+    assert code == 0 and said.count("is finished") == 1 and len(started) == 2
+    (row,) = table(tmp_path)
+    assert "seed-2" in row["run"]
+
+
+def test_folders_of_jobs_are_called_by_their_numbers(train, tmp_path):
+    with pytest.raises(UserError, match="hydra.sweep.subdir is 'seed_.{seed}'; leave it out"):
+        sweeps.check_folders("seed_${seed}")
+    with pytest.raises(SystemExit):
+        train("experiment=taehv", "seed=1,2", "hydra.sweep.subdir=seed_${seed}")
+    assert not (tmp_path / "started").exists()
 
 
 def test_experiments_by_pattern_and_ranges(train, tmp_path):

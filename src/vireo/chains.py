@@ -37,6 +37,8 @@ def run(
     before, planned, export = run_folder.stages(folder), dict[str, dict[str, Any]](), None
     for name, words in stages.items():
         first = [key.removeprefix(f"chain.{name}.") for key in swept]
+        if swept and planned:  # what an earlier stage varies
+            first.append("init_from")
         stage = _where_it_was(config.settings(words, swept=first, init_from=export), before.get(name))
         place = choose_folder(stage)
         planned[name] = {**stage, "run": place.name, "resume": "auto" if stage["resume"] == "none" else stage["resume"]}

@@ -7,6 +7,7 @@ Where somebody else has started the processes (torchrun, srun, …), rank 0 is t
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -18,9 +19,22 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from vireo import chains, checkpoint, config, devices, faults, orphans, processes, ranks, run_folder, submitted, sweeps
+from vireo import (
+    chains,
+    checkpoint,
+    config,
+    devices,
+    faults,
+    global_batch,
+    orphans,
+    processes,
+    ranks,
+    run_folder,
+    submitted,
+    sweeps,
+)
 from vireo.errors import UserError
 from vireo.side_by_side import Pending, SideBySide
 
@@ -47,6 +61,9 @@ class SweepFolder(Callback):
         try:
             if others is not None:
                 ranks.refuse_sweeps(others, config.hydra.overrides.task, in_a_file=True)
+            sweep: Any = OmegaConf.to_container(config.hydra.sweep, resolve=False)
+            sweeps.check_folders(sweep["subdir"])
+            submitted.require_queue(config.launcher.where)
         except UserError as mistake:
             print(mistake, file=sys.stderr)
             raise SystemExit(faults.EXIT_MISTAKE) from None  # other exceptions Hydra only warns of
@@ -94,7 +111,7 @@ def compose_and_run(words: Sequence[str]) -> int:
         if about.mode == RunMode.MULTIRUN and about.launcher._target_.endswith(".BasicLauncher"):
             words_of_job, folder, asked = list(about.overrides.task), Path(about.runtime.output_dir), composed.launcher
             return jobs.start(lambda: job(composed, words).exit_code, folder, words_of_job, asked.jobs, asked.processes)
-        with submitted.first_machine():
+        with submitted.first_machine(), submitted.turn(composed.launcher.jobs, composed.launcher.processes):
             one = job(composed, words)
         codes.append(one.exit_code)
         return sweeps.objective(one.best, composed.validation.higher_is_better)
@@ -113,11 +130,12 @@ def compose_and_run(words: Sequence[str]) -> int:
     except Exception as error:
         if not type(error).__module__.startswith("submitit."):
             raise
-        print(error, file=sys.stderr)  # sbatch has refused
+        why = "" if type(error).__name__ == "FailedJobError" else f" ({error})"  # submitit has printed what sbatch says
+        print(f"sbatch has refused, so no job was queued by it{why}", file=sys.stderr)
         codes.append(faults.EXIT_FAULT)
     finally:
         jobs.close()
-    if SweepFolder.last is not None:
+    if SweepFolder.last is not None and (sweeps.notes(SweepFolder.last) or not codes):
         print(sweeps.show(SweepFolder.last))
         return max(sweeps.exit_code(SweepFolder.last), *codes, faults.EXIT_FINISHED)
     return max(codes, default=faults.EXIT_FINISHED)  # no job: --cfg, --help
@@ -129,6 +147,8 @@ def train(*overrides: str) -> Job:
     The processes are new ones, so the calling one may have used a GPU. Call it from the main thread: it passes Ctrl-C
     and other signals on. Raises UserError with all mistakes in the words.
     """
+    if hydras := [word for word in overrides if re.match(r"[+~]*hydra[./]", word)]:
+        raise UserError(f"{hydras[0]} is for the command line: python train.py …")
     settings = config.settings(overrides)
     if settings["launcher"]["where"] != "local":
         raise UserError(f"launcher={settings['launcher']['where']} is for the command line: python train.py …")
@@ -144,7 +164,7 @@ def job(composed: DictConfig, words: Sequence[str] = ()) -> Job:
     overrides, folder, swept = list(about.overrides.task), None, []
     if about.mode == RunMode.MULTIRUN:
         folder, swept = Path(about.runtime.output_dir), [*config.swept(words), *(about.sweeper.get("params") or ())]
-        sweeps.note(folder, overrides=overrides)
+        sweeps.begin(folder, overrides)
         sweeps.check(folder, _code(about))
     try:
         settings = config.settled(composed, swept=swept)
@@ -197,6 +217,8 @@ def run(settings: dict[str, Any], overrides: Sequence[str]) -> Job:
     if before:
         _refuse_other_config(folder, before, settings)
     done = None if named else run_folder.finished(folder)
+    if not done or _longer(settings, done):
+        _refuse_unequal_shares(named or folder, settings)
     if done and not _longer(settings, done):
         print(
             f"{folder} is finished (step {done['step']}). To go on, give more steps with run={folder.name}; "
@@ -279,6 +301,19 @@ def _refuse_other_config(folder: Path, before: dict[str, Any], settings: dict[st
             + "\n".join(f"  {line}" for line in differences)
             + "\nGive this one another name (run=…), or allow what may change (allow_changes=[lr,…])"
         )
+
+
+def _refuse_unequal_shares(place: Path, settings: dict[str, Any]) -> None:
+    """Before anything of a run that goes on is changed. place: its folder, or that of a checkpoint."""
+    there = checkpoint.steps(place)
+    path = (checkpoint.folder_of(place, there[-1]) if there else place) / "manifest.json"
+    try:
+        wanted = json.loads(path.read_text())["state"]["global_batch"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return  # none yet, or damaged: workers look for one that is good
+    others = ranks.started()
+    here = number_of_processes(settings["launcher"]["processes"]) * submitted.nodes()
+    global_batch.accumulation(wanted, settings["batch_size"], others.size if others else here)
 
 
 def _tell_changes(folder: Path, before: dict[str, Any], settings: dict[str, Any]) -> None:

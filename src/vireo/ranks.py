@@ -37,7 +37,8 @@ class World(NamedTuple):
 def started() -> World | None:
     """The place of this process if a launcher started several of it; None where vireo starts processes itself.
 
-    srun says it in words of its own; they are put into the environment as torch and accelerate want them.
+    srun says it in words of its own; they are put into the environment as torch and accelerate want them. A world of
+    one that nobody starts again is none: its variables may be left over from something else, and its port taken.
 
     Raises UserError where accelerate was asked for several processes and made one.
     """
@@ -46,12 +47,21 @@ def started() -> World | None:
         return None  # a job of vireo's own
     if "RANK" not in variables and int(variables.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         variables.update(slurm_variables(variables))
+    if variables.get("WORLD_SIZE") == "1" and "TORCHELASTIC_RUN_ID" not in variables:
+        leave()
     if "RANK" not in variables or "WORLD_SIZE" not in variables:
         _refuse_lone_accelerate(variables)
         return None
     starters = {"SLURM_STEP_NUM_TASKS": "srun", "TORCHELASTIC_RUN_ID": "torchrun or accelerate launch"}
     starter = next((name for variable, name in starters.items() if variable in variables), "a launcher")
     return World(int(variables["RANK"]), int(variables["WORLD_SIZE"]), starter)
+
+
+def leave() -> None:
+    """Forget the world that the environment speaks of: what this process starts is a world of its own."""
+    places = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    for name in [name for name in os.environ if name in places or name.startswith("TORCHELASTIC_")]:
+        del os.environ[name]
 
 
 def slurm_variables(step: Mapping[str, str]) -> dict[str, str]:

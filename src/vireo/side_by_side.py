@@ -15,7 +15,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
-from vireo import devices, faults, orphans, sweeps
+from vireo import devices, faults, orphans, ranks, sweeps
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -66,12 +66,12 @@ class SideBySide:
             self.handlers = {number: signal.signal(number, self._stop) for number in SIGNALS}
         while len(self.running) >= jobs:
             self._wait_for_one()
+        sweeps.begin(folder, words)
         if self.stopped:
-            sweeps.note(folder, overrides=words, exit_code=faults.EXIT_STOPPED, message="not started")
+            sweeps.note(folder, exit_code=faults.EXIT_STOPPED, message="not started")
             return Pending(self, folder)
         slot = min(set(range(jobs)) - {one.slot for one in self.running})
         environment = devices.share(slot, jobs, processes)
-        sweeps.note(folder, overrides=words)
         if jobs > 1:
             print(f"job {folder.name} begins; what it prints: {folder / 'console.log'}", flush=True)
         sys.stdout.flush()
@@ -103,7 +103,8 @@ class SideBySide:
             code = one.process.exitcode or 0
             code = code if code >= 0 else 128 - code
             if "exit_code" not in sweeps.read(one.folder):
-                sweeps.note(one.folder, exit_code=code or faults.EXIT_FAULT, message="its process died")
+                where = "" if one.alone else f"; what it printed: {one.folder / 'console.log'}"
+                sweeps.note(one.folder, exit_code=code or faults.EXIT_FAULT, message=f"its process died{where}")
             self.stopped |= code in (faults.EXIT_STOPPED, faults.EXIT_INTERRUPTED)
             if not one.alone:
                 state = sweeps.ENDED.get(code, f"failed ({code})")
@@ -121,6 +122,7 @@ def _work(work: Callable[[], int], parent: int, environment: dict[str, str], con
     for number in SIGNALS:  # the parent's handler would pass signals on to other jobs
         signal.signal(number, lambda number, frame: os._exit(faults.EXIT_STOPPED))
     orphans.die_with_parent(parent)
+    ranks.leave()
     os.environ.update(environment)
     if console is not None:
         output = os.open(console, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)

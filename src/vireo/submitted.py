@@ -4,20 +4,22 @@ A job has one task on each machine, which starts the processes of that machine. 
 the others a task follows a small file that the first one keeps beside the job's files.
 """
 
+import fcntl
 import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from vireo import faults, processes, ranks, run_folder, sweeps
+from vireo import devices, faults, processes, ranks, run_folder, sweeps
 from vireo.errors import UserError
 
 GLANCE = 0.5  # seconds from one look at the first machine's file to the next
@@ -30,9 +32,21 @@ def check(words: Sequence[str]) -> None:
     chosen = next((word for word in words if re.match(r"launcher=(?!local$)", word)), None)
     if chosen and importlib.util.find_spec("submitit") is None:
         raise UserError(f"{chosen} needs submitit, which is not installed: pip install 'vireo[slurm]'")
-    alone = [word for word in words if word.startswith("hydra/launcher=")]
-    if alone and not {"-m", "--multirun"} & set(words):
-        raise UserError(f"{alone[0]} is for sweeps (-m); without one, Hydra ignores it. Say launcher=slurm")
+    sweeping = chosen or {"-m", "--multirun"} & set(words) or "hydra.mode=multirun" in [w.lower() for w in words]
+    for word in () if sweeping else words:
+        if word.startswith("hydra/launcher="):
+            raise UserError(f"{word} is for sweeps (-m); without one, Hydra ignores it. Say launcher=slurm")
+        if word.startswith("hydra/sweeper="):
+            raise UserError(f"{word} is for sweeps; without -m, Hydra ignores it. Say python train.py -m …")
+
+
+def require_queue(where: str) -> None:
+    """Raises UserError for launcher=slurm on a machine that has no Slurm."""
+    if where.startswith("slurm") and not (shutil.which("sbatch") and shutil.which("srun")):
+        raise UserError(
+            f"launcher={where}, but this machine has no sbatch and srun: start it where jobs are submitted, or "
+            "take launcher=submitit_local, or none"
+        )
 
 
 def inside() -> bool:
@@ -141,6 +155,36 @@ def first_machine() -> Iterator[None]:
     finally:
         if nodes() > 1:
             _tell({"over": True})
+
+
+@contextmanager
+def turn(jobs: int, processes: int | str) -> Iterator[None]:
+    """Around a job that is a process of this machine: wait until fewer than `jobs` of its sweep run, and take a share
+    of the GPUs or threads. submitit starts all at once. A job's place is a locked file, which is free when it ends,
+    however it ends. processes: that the job will start. Raises UserError for more jobs than GPUs.
+    """
+    if os.environ.get("SUBMITIT_EXECUTOR") != "local":
+        yield
+        return
+    import submitit
+
+    folder = submitit.JobEnvironment().paths.folder.parent
+    with ExitStack() as files:
+        places = [files.enter_context(open(folder / f"place_{slot}", "a")) for slot in range(jobs)]
+        while (slot := next((slot for slot, file in enumerate(places) if _locked(file)), None)) is None:
+            time.sleep(GLANCE)
+        os.environ.update(devices.share(slot, jobs, processes))
+        yield
+
+
+def _locked(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # a file system without locks: nobody waits
+    return True
 
 
 def _requeue_if_preempted(number: int, frame: object) -> None:

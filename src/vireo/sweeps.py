@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vireo import faults, report, run_folder
+from vireo.errors import UserError
 from vireo.tracking import read_metrics
 
 NOTE = "job.json"
@@ -20,6 +21,12 @@ ENDED = {
     faults.EXIT_INTERRUPTED: "stopped",
     faults.EXIT_MISTAKE: "mistake",
 }
+
+
+def begin(folder: Path, overrides: Sequence[str]) -> None:
+    """A new note for a job that begins, in place of what its life before a requeue, or another sweep, has left."""
+    (folder / NOTE).unlink(missing_ok=True)
+    note(folder, overrides=list(overrides))
 
 
 def note(folder: Path, **facts: Any) -> None:
@@ -38,9 +45,23 @@ def read(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+def check_folders(subdir: str) -> None:
+    """Raises UserError for jobs' folders that are not called by their numbers (`hydra.sweep.subdir`)."""
+    if subdir != "${hydra.job.num}":
+        raise UserError(
+            f"hydra.sweep.subdir is '{subdir}'; leave it out: a job's folder in a sweep is its number, and holds only "
+            "notes. The runs have folders with the swept values in their names, or what run= says: 'run=seed_${seed}'"
+        )
+
+
 def fix(sweep: Path, code: Mapping[str, str]) -> None:
-    """Write down what the jobs of a sweep are to run: hashes by what they are of."""
+    """Write down what the jobs of a sweep are to run: hashes by what they are of. Notes of a sweep before it go.
+
+    Whether a run is finished stands in the run's own folder, so nothing is trained twice for that.
+    """
     sweep.mkdir(parents=True, exist_ok=True)
+    for number in notes(sweep):
+        (sweep / str(number) / NOTE).unlink()
     run_folder.write_json(sweep / CODE, code)
 
 
@@ -78,15 +99,19 @@ def exit_code(sweep: Path) -> int:
 def rows(sweep: Path) -> list[dict[str, Any]]:
     """A row for each job: overrides in which it differs from the others, best figure, steps, seconds, state, run.
 
-    State and figures are those that the run's folder has now, so a job that was mended by hand is finished here too.
+    Figures are those that the run's folder has now. A job that did not end well is finished here, too, if its run was
+    finished afterwards, by hand or by the same sweep started again.
     """
     found = notes(sweep)
-    return [_row(number, one, words) for (number, one), words in zip(found.items(), _titles(found), strict=True)]
+    titled = zip(found.items(), _titles(found), strict=True)
+    return [_row(number, one, words, sweep / str(number)) for (number, one), words in titled]
 
 
 def show(sweep: Path) -> str:
     """Table, failed jobs and the best one as text; writes `sweep.csv` and `curves.png` into the sweep's folder."""
     table = rows(sweep)
+    if not table:
+        return f"no job of {sweep} has begun"
     lines = ["", report.table(table), ""]
     for row, one in zip(table, notes(sweep).values(), strict=True):
         if one.get("changed"):
@@ -130,16 +155,14 @@ def _titles(found: Mapping[int, Mapping[str, Any]]) -> list[str]:
     return [" ".join(word for word in own if word not in common) for own in words]
 
 
-def _row(number: int, one: Mapping[str, Any], words: str) -> dict[str, Any]:
+def _row(number: int, one: Mapping[str, Any], words: str, place: Path) -> dict[str, Any]:
     folder, metric = one.get("run"), one.get("metric") or "psnr"
     run = run_folder.newest_stage(Path(folder)) if folder else None
     about = report.state_of(run, metric, one.get("higher_is_better", True)) if run else {}
-    code = one.get("exit_code")
-    ended = ENDED.get(code, f"failed ({code})") if code is not None else about.get("state", "beginning")
     return {
         "job": number,
         "overrides": words,
-        "state": about["state"] if about.get("state") in ("finished", "running") else ended,
+        "state": _state(one.get("exit_code"), about.get("state", "beginning"), run, place),
         "best": about.get("best"),
         "metric": metric,
         "loss": about.get("loss"),
@@ -147,6 +170,18 @@ def _row(number: int, one: Mapping[str, Any], words: str) -> dict[str, Any]:
         "seconds": about.get("seconds"),
         "run": folder or (one.get("message") or "").partition("\n")[0],
     }
+
+
+def _state(code: int | None, now: str, run: Path | None, place: Path) -> str:
+    """How a job ended by itself, unless its run is going on, or was finished, since. now: the state of its run.
+
+    A mistake can be that the folder was finished with, or belongs to, somebody else.
+    """
+    if code is None or (now == "running" and code != faults.EXIT_MISTAKE):
+        return now
+    if run and now == "finished" and (run / "finished").stat().st_mtime >= (place / NOTE).stat().st_mtime:
+        return now
+    return ENDED.get(code, f"failed ({code})")
 
 
 def _merit(row: Mapping[str, Any], one: Mapping[str, Any]) -> float:

@@ -27,6 +27,7 @@ from vireo import (
     digests,
     distributed,
     faults,
+    global_batch,
     hangs,
     incidents,
     memory,
@@ -151,15 +152,10 @@ class Run:
 
     def _keep_global_batch(self, wanted: int) -> None:
         """On another number of processes the accumulation changes, so that each step sees the same samples."""
-        share = self.settings["batch_size"] * distributed.world_size()
-        if wanted % share:
-            raise UserError(
-                f"this run has a global batch of {wanted}, which {distributed.world_size()} processes with "
-                f"batch_size={self.settings['batch_size']} cannot share equally; use a number that divides it"
-            )
+        accumulation = global_batch.accumulation(wanted, self.settings["batch_size"], distributed.world_size())
         if wanted != self.global_batch:
-            log.info("gradient_accumulation is %d now, the global batch stays %d", wanted // share, wanted)
-            self.accumulation = wanted // share
+            log.info("gradient_accumulation is %d now, the global batch stays %d", accumulation, wanted)
+            self.accumulation = accumulation
 
     def _filled_cache(self) -> Cache | None:
         """The encoding cache with all that this run needs, if it is to have one. Raises faults.Stopped on request."""

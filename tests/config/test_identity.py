@@ -91,6 +91,27 @@ def test_names_do_not_depend_on_the_spelling_of_the_words():
     assert config.settings(["seed=2", "lr=1e-4"])["run"] == config.settings(["lr=0.0001", "seed=2"])["run"]
 
 
+def test_jobs_of_a_sweep_have_folders_of_their_own_whatever_it_varies():
+    def name(*words: str, swept: list[str]) -> str:
+        return config.settings(words, swept=swept)["run"]
+
+    alone = name("seed=2", swept=[])
+    assert name("seed=2", swept=["seed"]) == alone
+    first, second = (name("seed=2", f"strategy={option}", swept=["strategy"]) for option in ("ddp", "fsdp"))
+    assert first.startswith("mini_strategy-ddp_seed-2-") and second.startswith("mini_strategy-fsdp_seed-2-")
+    assert len({first[-8:], second[-8:], alone[-8:]}) == 3
+    assert len({name(f"launcher.processes={count}", swept=["launcher.processes"]) for count in (1, 2)}) == 2
+
+    measured = [name("run=m", f"validation.metric={metric}", swept=["validation.metric"]) for metric in ("a", "b")]
+    assert [one[:-8] for one in measured] == ["m_metric-a-", "m_metric-b-"]
+    assert name("run=m", "lr=1e-4", swept=["lr"]) == name("run=m", "lr=0.0001", "steps=9", swept=["lr"]), "can go on"
+    assert name("run=m", "lr=1e-4", swept=["run"]) == "m"
+    assert name("run=a${lr}", "lr=1e-4", "seed=2", swept=["lr", "seed"]).startswith("a0.0001_seed-2-")
+    assert name("run=a${lr}", "lr=1e-4", swept=["lr"]) == "a0.0001"
+    long = {name(f"run={'m' * 70}", f"seed={seed}", swept=["seed"]) for seed in (1, 2)}
+    assert len(long) == 2 and all(one.startswith("m" * 70) for one in long)
+
+
 def test_names_are_short_and_plain():
     words = ['freeze_policy.train=["^encoder\\.1$","a/b c"]', "+loss.mix_probability=0.123456", "tags=[a]", "lr=1e-4"]
     words += ["height=96", "width=96", "seed=12345", "max_grad_norm=0.3", "ema.decay=0.999"]

@@ -41,6 +41,7 @@ COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 
 
 OPTUNA = "hydra/sweeper=optuna"
+FREE = ("chain.", "launcher.slurm.sbatch")  # may have keys that no file sets
 NAMED_BY_OTHERS = ("model", "data", "loss")  # their choices stand in config.yaml's `sizes@…` entries
 
 
@@ -142,7 +143,7 @@ def _in_hydras_spelling(word: str) -> str:
         return "hydra/sweeper=search"
     group, equals, option = word.lstrip("~").partition("=")
     if not (option == "null" if equals else word.startswith("~")) or not places.is_group(group):
-        return f"++{word}" if group.startswith("chain.") else word  # a stage may have keys that no file sets
+        return f"++{word}" if group.startswith(FREE) else word
     return f"{group}=none" if places.is_option(group, "none") else f"~{group}"
 
 

@@ -16,6 +16,7 @@ NOT_PART_OF_A_RUN = (
     "model.checks", "model.evaluations",
 )  # fmt: skip
 LENGTH = ("steps", "epochs")
+TELLS_FOLDERS_APART = ("run", "experiment")  # whatever else a sweep varies
 DIGITS = 8  # of the hash: 32 bits, for the few runs of one experiment
 LONGEST_NAME = 60
 
@@ -25,8 +26,7 @@ def config_hash(resolved: dict[str, Any]) -> str:
 
     The same on every machine, whatever the order of keys; in the mini size also wherever the mini world lies.
     """
-    text = json.dumps(_facts(resolved), sort_keys=True, separators=(",", ":"))
-    return hashlib.blake2b(text.encode(), digest_size=DIGITS // 2).hexdigest()
+    return _digits(_facts(resolved))
 
 
 def text_hash(resolved: dict[str, Any]) -> str:
@@ -53,16 +53,40 @@ def run_name(overrides: Sequence[str], resolved: dict[str, Any], swept: Sequence
     """The name of a run's folder: its size, the overrides in short, the hash. Letters, digits, - _ . ; at most 60.
 
     Overrides that do not shape the result are left out, the rest is sorted, so the order of words does not matter.
-    Those of swept keys stand first, and what has no room is left out whole: runs of a sweep can be told apart.
+    Those of swept keys stand first, whether they shape it or not, and what has no room is left out whole: runs of a
+    sweep can be told apart. `run`, if it is given, takes the place of the size, and the hash is of what is swept.
     """
-    chosen = sorted((_key(word) not in swept, _short(word, resolved)) for word in overrides if _shapes(word))
-    room = LONGEST_NAME - DIGITS - 1
-    name = str(resolved["size"])
+    given = resolved["run"]
+    named = [word for word in overrides if (_key(word) in swept if given else _shapes(word, swept))]
+    chosen = sorted((_key(word) not in swept, _short(word, resolved)) for word in named if _key(word) != "run")
+    name = str(given or resolved["size"])
+    room = max(LONGEST_NAME - DIGITS - 1, len(name))
     for later, part in chosen:
         longer = f"{name}_{re.sub(r'[^A-Za-z0-9._-]+', '-', part)}"
         if not later or len(longer) <= room:
             name = longer
-    return f"{name[:room].rstrip('._-')}-{config_hash(resolved)}"
+    return f"{name[:room].rstrip('._-')}-{_run_hash(overrides, resolved, swept)}"
+
+
+def _run_hash(overrides: Sequence[str], resolved: dict[str, Any], swept: Sequence[str]) -> str:
+    """The hash in a run's name. A sweep over what is no fact of a run (`strategy`) still has a run for each value."""
+    varied = _varied(overrides, resolved, swept)
+    return _digits(varied if resolved["run"] else _facts(resolved) | varied)
+
+
+def _varied(overrides: Sequence[str], resolved: dict[str, Any], swept: Sequence[str]) -> dict[str, Any]:
+    """What a sweep sets in this job: facts by key, and words whose key is no fact."""
+    facts = _facts(resolved)
+    found: dict[str, Any] = {}
+    for key in swept:
+        own = {name: value for name, value in facts.items() if _within(name, [key.replace("-", "_")])}
+        found |= own or {word: None for word in overrides if _key(word) == key}
+    return found
+
+
+def _digits(facts: dict[str, Any]) -> str:
+    text = json.dumps(facts, sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=DIGITS // 2).hexdigest()
 
 
 def run_folder(resolved: dict[str, Any]) -> Path:
@@ -81,13 +105,19 @@ def cache_name(resolved: dict[str, Any]) -> str:
 def named(resolved: dict[str, Any], overrides: Sequence[str], swept: Sequence[str] = ()) -> dict[str, Any]:
     """The config with its run's name, unless it has one.
 
-    A folder with the same hash is the same run, even if it was started with other words for the same values.
+    A folder with the same hash is the same run, even if it was started with other words for the same values. A name
+    that all jobs of a sweep have is completed by what is swept, so that no two of them share a folder; `run=a${lr}`
+    tells them apart by itself.
     """
     if resolved["run"] is not None:
-        return resolved
+        said = resolved["interpolations"].get("run", "")
+        rest = [key for key in swept if key not in TELLS_FOLDERS_APART and f"${{{key}}}" not in said]
+        return (
+            {**resolved, "run": run_name(overrides, resolved, rest)} if _varied(overrides, resolved, rest) else resolved
+        )
     name = run_name(overrides, resolved, swept)
     beside = Path(resolved["paths"]["outputs"]) / resolved["experiment"]
-    same = sorted(path.name for path in beside.glob(f"*-{config_hash(resolved)}"))
+    same = sorted(path.name for path in beside.glob(f"*-{_run_hash(overrides, resolved, swept)}"))
     return {**resolved, "run": name if name in same or not same else same[0]}
 
 
@@ -166,13 +196,15 @@ def is_mini_world(root: str) -> bool:
 
 
 def _key(override: str) -> str:
-    return override.partition("=")[0].lstrip("+~")
+    return re.split("[=@]", override, maxsplit=1)[0].lstrip("+~")
 
 
-def _shapes(override: str) -> bool:
+def _shapes(override: str, swept: Sequence[str]) -> bool:
     """Whether an override is worth a place in the run's name."""
     key = _key(override)
-    return key not in ("experiment", "size") and not key.startswith("hydra") and not _within(key, NOT_PART_OF_A_RUN)
+    if key in ("experiment", "size") or key.startswith("hydra"):
+        return False
+    return key in swept or not _within(key, NOT_PART_OF_A_RUN)
 
 
 def _short(override: str, resolved: dict[str, Any]) -> str:

@@ -126,7 +126,7 @@ class Slurm:
     constraint: str | None = knob("features that the machines must have", None)
     setup: list[str] = some("shell lines before the job, as [module load cuda]")
     container: str | None = knob("image that a job runs in, where Slurm has pyxis", None)
-    srun: list[str] = some("further arguments of srun, as [--container-mounts=/data]")
+    srun: list[str] = some('further arguments of srun, as ["--container-mounts=/data"]')
     sbatch: dict[str, Any] = some("further options of sbatch, as {mail-type: END}", dict)
 
 
