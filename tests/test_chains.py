@@ -139,7 +139,7 @@ def test_a_sweep_of_a_named_chain_has_runs_of_its_own_for_each_job(tmp_path):
             runs_of.append(settings["run"])
             return launch.Job(list(words), config.run_folder(settings), faults.EXIT_FINISHED)
 
-        chains.run(settings, words, ["chain.one.lr"], stage)
+        chains.run(settings, words, ["chain.one.lr"], stage, config.run_folder)
     assert len(set(runs_of)) == 4, runs_of
     assert [name[:8] for name in runs_of] == ["both-one", "both-two"] * 2
     assert len(list(tmp_path.glob("taehv/both_lr-*/chain.json"))) == 2
