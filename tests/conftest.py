@@ -1,3 +1,4 @@
+import logging
 import os
 import subprocess
 
@@ -14,6 +15,15 @@ def one_thread():
     # A forked child has to make torch's thread pool anew, and must not do so from several threads at once, as
     # transformers does when it loads weights.
     os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
+
+
+@pytest.fixture(autouse=True)
+def logging_of_its_own():
+    """What a test logs to is gone with it: its captured stderr is closed, and later tests would log into that."""
+    before = list(logging.root.handlers)
+    yield
+    for handler in [handler for handler in logging.root.handlers if handler not in before]:
+        logging.root.removeHandler(handler)
 
 
 @pytest.fixture

@@ -433,10 +433,11 @@ def project(page: Path, folder: Path) -> None:
 
 
 def pages_with_commands():
-    """Those of the recipes, which train for minutes in all, are left to .ci/run and the full matrix."""
+    """README and the recipes' pages, which train for minutes in all, are left to .ci/run and the full matrix."""
     pages = [page for page in PAGES if page.name != "CONTRIBUTING.md"]
-    full = {"recipes": [pytest.mark.full]}
-    return [pytest.param(page, id=name_of(page), marks=full.get(page.parent.name, ())) for page in pages]
+    full = [page for page in pages if page.parent.name == "recipes" or page.name == "README.md"]
+    marks = {page: [pytest.mark.full] for page in full}
+    return [pytest.param(page, id=name_of(page), marks=marks.get(page, ())) for page in pages]
 
 
 @pytest.mark.parametrize("page", pages_with_commands())

@@ -6,6 +6,7 @@ from tests import runs
 from vireo.mini import world
 
 
+@pytest.mark.full
 def test_fine_tuning_the_shipped_student_gains_at_once(tmp_path):
     world.ensure()
     words = ["experiment=taehv", "steps=50", "validation.every=null", "validation.clips=8", "tracker=none"]

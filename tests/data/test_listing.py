@@ -32,10 +32,12 @@ def test_without_videos_folders_of_frames_are_found(tmp_path):
 def test_folders_of_frames_beside_videos_are_told(tmp_path, caplog):
     touch(tmp_path, "a/1.mp4", "a/1.jpg", "b.mp4", "b.jpg", "quiet/1.jpg", "quiet/.nomedia")
     assert names(list_folder(tmp_path)) == ["a/1.mp4", "b.mp4"] and not caplog.text, "thumbnails need no word"
-    touch(tmp_path, "bear/00000.jpg", "bear/00001.jpg", "sub/boat/1.png")
+    touch(tmp_path, "masks/boat/1.png")
+    assert names(list_folder(tmp_path)) == ["a/1.mp4", "b.mp4"] and not caplog.text, "nor what lies elsewhere"
+    touch(tmp_path, "bear/00000.jpg", "bear/00001.jpg", "a/boat/1.png")
     assert names(list_folder(tmp_path)) == ["a/1.mp4", "b.mp4"]
-    assert f"{tmp_path} has videos, so 2 folders of pictures in it are no clips" in caplog.text
-    assert ".nomedia in each keeps this quiet:\n  bear\n  sub/boat\n" in caplog.text
+    assert f"{tmp_path}: 2 folders of pictures lie beside videos and are no clips" in caplog.text
+    assert ".nomedia in each keeps this quiet:\n  a/boat\n  bear\n" in caplog.text
 
 
 def test_a_folder_that_holds_something_else_is_kept_out(tmp_path):

@@ -66,7 +66,7 @@ def test_chunks_take_less_memory(tiny, tmp_path):
     if found[0]["peak_MiB"] is None:
         pytest.skip(found[0]["note"])
     peaks = {row["mode"]: row["peak_MiB"] for row in found if row["part"] == "decode"}
-    assert peaks["parallel"] > 1.5 * peaks["chunked"] > peaks["sequential"]
+    assert peaks["parallel"] > 1.3 * peaks["chunked"] > peaks["sequential"]
 
 
 @pytest.mark.parametrize("which", ["teacher", "tiny"])

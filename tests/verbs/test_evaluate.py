@@ -88,7 +88,7 @@ def test_mistakes_are_told(tmp_path):
     words = [*runs.TINY, "clips=1", f"out={tmp_path}"]
     with pytest.raises(UserError, match="metric=fid is not measured; there are loss, psnr"):
         evaluate.main([*words, "validation.metric=fid"])
-    with pytest.raises(UserError, match="no file /gone.pth"):
+    with pytest.raises(UserError, match="is '/gone.pth', which does not exist"):
         evaluate.main([*words, "model.evaluations.perceptual.alexnet=/gone.pth"])
     assert not list(tmp_path.iterdir()), "before anything is measured"
 

@@ -45,10 +45,10 @@ def _resolved(root: str) -> Path:
 def list_folder(root: Path) -> list[Entry]:
     """All videos below `root`, or if there is none all folders of frames below it, sorted by name.
 
-    Videos come first because pictures that lie beside them (first frames, thumbnails) are no clips; folders of pictures
-    alone that are left out for it are told. Links are followed, hidden files and folders are not, nor are folders below
-    `root` with a file .nomedia, the sign for those that hold something else. Raises UserError if the folder is missing
-    or holds no clip.
+    Videos come first because pictures that lie beside them (first frames, thumbnails) are no clips; folders of
+    pictures beside videos, which may have been meant as clips, are told. Links are followed, hidden files and
+    folders are not, nor are folders below `root` with a file .nomedia, the sign for those that hold something else.
+    Raises UserError if the folder is missing or holds no clip.
     """
     if not root.is_dir():
         raise UserError(f"there is no folder {root}: expected a folder with videos or with folders of frames")
@@ -69,11 +69,13 @@ def list_folder(root: Path) -> list[Entry]:
         if Path(folder) != root and not here and any(is_frame(name) for name in files):
             frame_folders.append(Path(folder))
     found = videos or frame_folders
-    if videos and frame_folders:
+    with_videos = {path.parent for path in videos}
+    beside = sorted(str(one.relative_to(root)) for one in frame_folders if one.parent in with_videos)
+    if beside:
         logger.warning(
-            "%s has videos, so %d folders of pictures in it are no clips: if they are, move them elsewhere; if "
-            "not, a file %s in each keeps this quiet:\n%s",
-            root, len(frame_folders), SKIPPED, shortened(sorted(str(one.relative_to(root)) for one in frame_folders)),
+            "%s: %d folders of pictures lie beside videos and are no clips: if they are, move them elsewhere; if not, "
+            "a file %s in each keeps this quiet:\n%s",
+            root, len(beside), SKIPPED, shortened(beside),
         )  # fmt: skip
     if not found:
         expected = f"videos ({', '.join(sorted(VIDEO_SUFFIXES))}), or one folder of .jpg or .png for each clip"
