@@ -18,7 +18,7 @@ demo: setup
 	$(RUN) train.py
 
 test: setup
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not full" -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not full and not slow" -n 2 --dist loadfile
 
 test-all: setup
 	$(RUN) -m pytest

@@ -227,6 +227,7 @@ NO_KEYS = {"key=value", "weights_only=True", "repeat_oldest=True", *ACTIONS}
 UNKNOWN = ("there is no such key", "there is no such option", "no file sets", "has no argument", "in quotes")
 
 
+@pytest.mark.slow
 def test_keys_in_the_text_exist():
     """`data.flip=0.5` and the like: the key exists, and has a plus if it needs one."""
     words: dict[str, set[str]] = {}
@@ -433,10 +434,10 @@ def project(page: Path, folder: Path) -> None:
 
 
 def pages_with_commands():
-    """README and the recipes' pages, which train for minutes in all, are left to .ci/run and the full matrix."""
+    """README and the recipes' pages train for minutes in all."""
     pages = [page for page in PAGES if page.name != "CONTRIBUTING.md"]
-    full = [page for page in pages if page.parent.name == "recipes" or page.name == "README.md"]
-    marks = {page: [pytest.mark.full] for page in full}
+    slow = [page for page in pages if page.parent.name == "recipes" or page.name == "README.md"]
+    marks = {page: [pytest.mark.slow] for page in slow}
     return [pytest.param(page, id=name_of(page), marks=marks.get(page, ())) for page in pages]
 
 

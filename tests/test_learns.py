@@ -6,7 +6,7 @@ from tests import runs
 from vireo.mini import world
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_fine_tuning_the_shipped_student_gains_at_once(tmp_path):
     world.ensure()
     words = ["experiment=taehv", "steps=50", "validation.every=null", "validation.clips=8", "tracker=none"]
@@ -16,6 +16,7 @@ def test_fine_tuning_the_shipped_student_gains_at_once(tmp_path):
     assert end["validation/psnr"] > start["validation/psnr"] + 0.3
 
 
+@pytest.mark.slow
 def test_a_network_that_knows_nothing_begins_to_fill_holes(tmp_path):
     world.ensure()
     words = ["experiment=diffueraser_stage1", "steps=40", "warmup_steps=5", "batch_size=4", "validation.every=null"]

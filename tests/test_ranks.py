@@ -59,6 +59,7 @@ def losses(folder):
     return [row["loss"] for row in runs.metrics(folder) if "loss" in row]
 
 
+@pytest.mark.slow
 def test_torchrun_on_three_machines(tmp_path):
     """All are this one; launch/torchrun.sh is what a person starts on each. Ranks compare hashes of their configs."""
     with socket.socket() as free:

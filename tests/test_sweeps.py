@@ -158,6 +158,7 @@ def table(outputs: Path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_a_failed_job_stops_no_other_and_what_is_missing_is_done_later(train, tmp_path, monkeypatch):
     words = ["experiment=taehv", "seed=1,13,3", "launcher.jobs=2"]
     code, said, started = train(*words)
@@ -225,7 +226,9 @@ def test_names_of_runs_in_a_sweep_begin_with_what_is_swept(train):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("optuna") is None, reason="needs Optuna: pip install 'vireo[optuna]'")
-@pytest.mark.parametrize("higher_is_better", [True, pytest.param(False, marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "higher_is_better", [pytest.param(True, marks=pytest.mark.slow), pytest.param(False, marks=pytest.mark.full)]
+)
 def test_optuna_seeks_the_best_figure_and_finds_finished_runs_again(train, tmp_path, higher_is_better):
     words = ["experiment=taehv", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=4", "hydra.sweeper.n_jobs=4"]
     words += ["lr=choice(1e-4,1e-3,5e-2)", f"validation.higher_is_better={higher_is_better}", "seed=5"]

@@ -4,7 +4,7 @@ import string
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vireo import config
@@ -26,6 +26,7 @@ def flat(tree, above=""):
 
 @settings(deadline=None, max_examples=60)
 @given(TREES)
+@example({"a": "_é"})
 def test_words_mean_what_the_stage_says(tree):
     own = {"experiment": "taehv", **{f"key_{name}": value for name, value in tree.items()}}
     [words] = chains.stages({"one": own}, []).values()

@@ -164,7 +164,7 @@ Zero(config.settings(["experiment=taehv", "strategy=zero2"])["strategy"]["config
 """
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_accelerate_s_silence_about_deepspeed_is_an_error():
     skip_without_ops()
     path = os.pathsep.join(filter(None, sys.path))

@@ -19,12 +19,12 @@ SHORT += ["validation.at_start=false", "tracker=none", "loader.workers=0", "ema.
 QUICK, FULL = tuple(name for name, recipe in RECIPES.items() if recipe.quick), tuple(RECIPES)
 FEW = ("taehv", "opens2v_wan")  # of the quick ones, for a second strategy
 HALF_FROZEN = ("cogvideox_t2v_lora", "model.network.dtype=bf16")  # the mini size has float32 throughout
-full = pytest.mark.full
+full, slow = pytest.mark.full, pytest.mark.slow
 STRATEGIES = [
     pytest.param(("ddp", QUICK), id="ddp-quick"),
-    pytest.param(("fsdp", FEW), id="fsdp-quick"),
-    # Alone in .ci/run: what DeepSpeed compiles first, once per environment, takes longer than all of it.
-    pytest.param(("zero2", ("taehv",)), id="zero2-quick", marks=full),
+    pytest.param(("fsdp", FEW), id="fsdp-quick", marks=slow),
+    # What DeepSpeed compiles first, once per environment, takes longer than all of it.
+    pytest.param(("zero2", ("taehv",)), id="zero2-quick", marks=slow),
     pytest.param(("zero3", ("taehv",)), id="zero3-quick", marks=full),
     *(
         pytest.param((name, FULL), id=name, marks=full)

@@ -11,7 +11,7 @@ from typing import Any
 from vireo.config import places
 from vireo.config.problems import Problem
 
-PLAIN = re.compile(r"[A-Za-z_][\w./-]*")  # text that Hydra reads as text
+PLAIN = re.compile(r"[A-Za-z_][\w./-]*", re.ASCII)  # text that Hydra reads as text
 
 
 def stages(chain: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, list[str]]:
