@@ -272,7 +272,7 @@ SHORT = {
 ALWAYS_SHORT = ("steps", "batch_size")
 EDITS = ("experiment=ip2p_video", "experiment=ip2p_image")
 INPAINTING = ("experiment=diffueraser", "experiment=diffueraser_stage1")
-CAPTIONED = ("experiment=cogvideox_t2v_lora",)
+CAPTIONED = ("experiment=cogvideox_t2v_lora", "data=captioned_clips")
 SUBJECTS = ("experiment=opens2v_wan", "experiment=opens2v_longlive")
 
 
@@ -337,7 +337,7 @@ def in_world(words: list[str], world: Path) -> list[str]:
     words = [in_place(word, world) for word in words]
     for experiments, data in ((EDITS, "edits"), (CAPTIONED, "captioned"), (SUBJECTS, "opens2v")):
         if set(experiments) & set(words) and not any(word.startswith("size=") for word in words):
-            words += ["size=mini", f"paths.data={world}/{data}"]
+            words += ["size=mini", f"paths.data={world}/{data}"]  # which no later one adds again
     return words
 
 
