@@ -158,37 +158,43 @@ def test_a_log_that_cannot_be_written_says_so_once_and_goes_on(tmp_path, capfd):
     assert (tmp_path / "space").read_text().endswith("\nthe last line\n")
 
 
-def test_a_run_ends_with_a_message_on_a_disk_that_stays_full(tmp_path, disturbed, capfd):
-    """Workers, logs, notes of failures and restarts: nothing ends in the parent's traceback."""
+@pytest.fixture
+def small_disk(tmp_path):
+    """small_disk("8m"): a folder on a disk of that size, which is taken away after the test."""
     place = tmp_path / "mount"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=90m", "tmpfs", str(place)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("this user may not mount")
-    disturbed("fill_the_disk_at", 3)
-    words = [*runs.TINY, "checkpoint.every=1", "faults.max_consecutive_save_failures=2", "validation.every=null"]
-    words += [f"paths.outputs={place}", "run=full", "launcher.restarts=1", "validation.at_start=false"]
-    try:
-        done = launch.train(*words)
-        said = "".join(capfd.readouterr())
-        assert done.exit_code == faults.EXIT_MISTAKE, said  # that of the second start
-        assert "starting again from the last checkpoint (1 of 1)" in said
-        assert "2 checkpoints in a row could not be saved" in said and "0 MiB free, but a checkpoint" in said, said
-        assert "Logging error" not in said and "Traceback" not in said, said
-        with pytest.raises(UserError, match="No space left on device.*free some space"):
-            launch.train(*words)
-        (done.folder / "filler").unlink()
-        assert runs.work(done.folder) == 0 and checkpoint.latest(done.folder).step == 8
-    finally:
+
+    def mount(size: str) -> Path:
+        place.mkdir()
+        asked = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
+        if subprocess.run(asked, capture_output=True).returncode:
+            pytest.skip("this user may not mount")
+        return place
+
+    yield mount
+    if place.is_mount():
         subprocess.run(["umount", str(place)], check=True)
 
 
-def test_a_small_disk(tmp_path, undisturbed, capfd):
-    place = tmp_path / "mount"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("this user may not mount")
+def test_a_run_ends_with_a_message_on_a_disk_that_stays_full(small_disk, disturbed, capfd):
+    """Workers, logs, notes of failures and restarts: nothing ends in the parent's traceback."""
+    place = small_disk("90m")
+    disturbed("fill_the_disk_at", 3)
+    words = [*runs.TINY, "checkpoint.every=1", "faults.max_consecutive_save_failures=2", "validation.every=null"]
+    words += [f"paths.outputs={place}", "run=full", "launcher.restarts=1", "validation.at_start=false"]
+    done = launch.train(*words)
+    said = "".join(capfd.readouterr())
+    assert done.exit_code == faults.EXIT_MISTAKE, said  # that of the second start
+    assert "starting again from the last checkpoint (1 of 1)" in said
+    assert "2 checkpoints in a row could not be saved" in said and "0 MiB free, but a checkpoint" in said, said
+    assert "Logging error" not in said and "Traceback" not in said, said
+    with pytest.raises(UserError, match="No space left on device.*free some space"):
+        launch.train(*words)
+    (done.folder / "filler").unlink()
+    assert runs.work(done.folder) == 0 and checkpoint.latest(done.folder).step == 8
+
+
+def test_a_small_disk(small_disk, undisturbed, capfd):
+    place = small_disk("8m")
 
     def fill_and_empty():
         from vireo import training
@@ -207,12 +213,9 @@ def test_a_small_disk(tmp_path, undisturbed, capfd):
 
         training.seed_default = disturbed
 
-    try:
-        folder = runs.make(place, WORDS)
-        assert runs.work(folder, fill_and_empty) == 0, (folder / "train.log").read_text()
-        assert capfd.readouterr().out.count("the checkpoint could not be saved") == 4  # the log is on that disk too
-        assert runs.metrics(folder) == runs.metrics(undisturbed)
-        assert [checkpoint.verify(checkpoint.folder_of(folder, step)).step for step in (7, 8)] == [7, 8]
-        assert not list((folder / "checkpoints").glob(".*"))
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
+    folder = runs.make(place, WORDS)
+    assert runs.work(folder, fill_and_empty) == 0, (folder / "train.log").read_text()
+    assert capfd.readouterr().out.count("the checkpoint could not be saved") == 4  # the log is on that disk too
+    assert runs.metrics(folder) == runs.metrics(undisturbed)
+    assert [checkpoint.verify(checkpoint.folder_of(folder, step)).step for step in (7, 8)] == [7, 8]
+    assert not list((folder / "checkpoints").glob(".*"))

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vireo import json_files
+from vireo import json_files, tensor_files
 from vireo.errors import UserError
 
 if TYPE_CHECKING:  # the launcher's parent lists checkpoints and must start without torch
@@ -43,8 +43,6 @@ class Checkpoint(NamedTuple):
 
     def tensors(self, part: str) -> dict[str, Tensor]:
         """The tensors of one part ("network", "optimizer", "ema", "loss") on the CPU; empty if it was not stored."""
-        from vireo import tensor_files
-
         path = self.folder / f"{part}.safetensors"
         return tensor_files.read(path)[0] if path.exists() else {}
 
@@ -172,7 +170,7 @@ def _check_file(folder: Path, name: str, expected: Mapping[str, Any]) -> None:
         from safetensors import SafetensorError
 
         try:
-            _shapes(file)
+            tensor_files.header_shapes(file)
         except SafetensorError as error:
             raise UserError(f"{file}: its tensors cannot be read, though it is as it was written: {error}") from error
 
@@ -285,19 +283,11 @@ def _check_written(path: Path, tensors: Mapping[str, Tensor]) -> None:
     from safetensors import SafetensorError
 
     try:
-        found = _shapes(path)
+        found = tensor_files.header_shapes(path)
     except SafetensorError as error:
         raise OSError(f"{path} was written, but cannot be read: {error}") from error
     if found != {name: tuple(value.shape) for name, value in tensors.items()}:
         raise OSError(f"{path} was written, but holds other tensors than it was given")
-
-
-def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """By its header, which is compared with the file's length; without torch, since the launcher's parent verifies."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="np") as opened:
-        return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118 - no dict
 
 
 def _identity(path: Path) -> dict[str, Any]:

@@ -217,14 +217,13 @@ def run(settings: dict[str, Any], overrides: Sequence[str]) -> Job:
     if before:
         _refuse_other_config(folder, before, settings)
     done = None if named else run_folder.finished(folder)
-    if not done or _longer(settings, done):
-        _refuse_unequal_shares(named or folder, settings)
     if done and not _longer(settings, done):
         print(
             f"{folder} is finished (step {done['step']}). To go on, give more steps with run={folder.name}; "
             "resume=none starts afresh beside it"
         )
         return Job(list(overrides), folder, faults.EXIT_FINISHED, (done["best"] or {}).get("value"))
+    _refuse_unequal_shares(named or folder, settings)
     with run_folder.lock(folder) as held:
         with run_folder.needed(folder):
             if named:

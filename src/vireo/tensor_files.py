@@ -51,10 +51,20 @@ def shapes(file: Path) -> dict[str, tuple[int, ...]]:
     import safetensors
 
     try:
-        with safetensors.safe_open(file, framework="pt") as opened:
-            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118 - no dict
+        return header_shapes(file)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{file} cannot be read as weights ({error}): fetch it again") from error
+
+
+def header_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """As `shapes`, for callers with words of their own: raises OSError, or SafetensorError for a damaged file.
+
+    safetensors compares the header with the file's length. Torch is not imported: the launcher's parent verifies too.
+    """
+    import safetensors
+
+    with safetensors.safe_open(file, framework="np") as opened:
+        return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118 - no dict
 
 
 def _refuse_compressed(file: Path) -> None:

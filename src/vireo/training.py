@@ -76,6 +76,7 @@ def train(
     each logged step's figures on every rank (means over micro-steps and ranks). record: gets each step that was turned
     away, on every rank. at_boundary: called on every rank after every step with the progress and whether the run is
     about to stop; it validates and saves as it sees fit, and returns whether it was asked to stop meanwhile.
+    room: how many samples fit into memory at once, as far as an earlier start has found out.
     Raises faults.TooManyFaults when non-finite steps or unreadable files pass their limits, or when one sample alone
     does not fit into memory.
     """

@@ -51,10 +51,9 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
     with searching():
         words = [_in_hydras_spelling(word) for word in overrides]
         try:
-            return hydra.compose(NAME, words)
-        except Exception as error:
-            if not _is_about_composing(error):
-                raise
+            with _told_as_hydras():
+                return hydra.compose(NAME, words)
+        except COMPOSE_ERRORS as error:
             raise UserError(report(diagnose(words, error))) from None
 
 
@@ -64,10 +63,9 @@ def problems(overrides: Sequence[str], folders: Sequence[str] = FOLDERS) -> list
     with searching():
         words = [_in_hydras_spelling(word) for word in overrides]
         try:
-            cfg = hydra.compose(NAME, words)
-        except Exception as error:
-            if not _is_about_composing(error):
-                raise
+            with _told_as_hydras():
+                cfg = hydra.compose(NAME, words)
+        except COMPOSE_ERRORS as error:
             return diagnose(words, error)
         return judge(cfg, words, folders)
 
@@ -115,22 +113,24 @@ def explain_mistakes(words: Sequence[str]) -> Iterator[None]:
                     raise UserError(report(mistakes))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and leaving the process
     try:
-        yield
-    except Exception as error:
-        if not _is_about_composing(error):
-            raise
+        with _told_as_hydras():
+            yield
+    except COMPOSE_ERRORS as error:
         with searching(*folders):
             raise UserError(report(diagnose(arguments.overrides, error))) from None
     finally:
         del os.environ["HYDRA_FULL_ERROR"]
 
 
-def _is_about_composing(error: Exception) -> bool:
-    """Whether Hydra could not put the words together. OmegaConf asserts that no key is set below a null."""
-    if isinstance(error, AssertionError):
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        return last.filename == inspect.getfile(OmegaConf)
-    return isinstance(error, COMPOSE_ERRORS)
+@contextmanager
+def _told_as_hydras() -> Iterator[None]:
+    """OmegaConf only asserts that no key is set below a null: here that becomes an error of Hydra's, as others are."""
+    try:
+        yield
+    except AssertionError as error:
+        if traceback.extract_tb(error.__traceback__)[-1].filename != inspect.getfile(OmegaConf):
+            raise
+        raise HydraException(str(error)) from error
 
 
 def _in_hydras_spelling(word: str) -> str:

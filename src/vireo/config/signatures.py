@@ -203,11 +203,8 @@ def _written_out(annotation: ast.expr, module: str) -> ast.expr:
             return _alias(module, name) or annotation
         case ast.BinOp(left=left, op=ast.BitOr() as either, right=right):
             return ast.BinOp(_written_out(left, module), either, _written_out(right, module))
-        case ast.Subscript(value=outer, slice=ast.Tuple(elts=inner)) if _last_name(outer) not in (
-            "Literal",
-            "Annotated",
-        ):
-            return ast.Subscript(outer, ast.Tuple([_written_out(one, module) for one in inner], ast.Load()), ast.Load())
+        case ast.Tuple(elts=inner):
+            return ast.Tuple([_written_out(one, module) for one in inner], ast.Load())
         case ast.Subscript(value=outer, slice=inner) if _last_name(outer) not in ("Literal", "Annotated"):
             return ast.Subscript(outer, _written_out(inner, module), ast.Load())
     return annotation

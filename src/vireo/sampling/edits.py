@@ -41,8 +41,7 @@ class EditSampler(Sampler):
 
     All columns are float32 in [0, 1]; "inputs" is (B, up to 3, 3, H, W), the others (B, 1, 3, H, W): target,
     prediction, one such as "text 3 image 1.5" for each further pair, vae (the target through the VAE, which is the
-    ceiling) and "copy-last vae". Raises UserError for
-    settings that make no sense.
+    ceiling) and "copy-last vae". Raises UserError for settings that make no sense.
     """
 
     unscored = ("inputs",)
