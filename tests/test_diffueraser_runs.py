@@ -43,6 +43,7 @@ def spatial(state):
     return {name: value for name, value in state.items() if "motion_modules" not in name}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SAMPLES, reason="VIREO_SAMPLE_DATA names no folder with real frames")
 def test_the_chain_on_real_frames(tmp_path, monkeypatch, capfd):
     samples = Path(SAMPLES or "")

@@ -324,7 +324,7 @@ def test_a_signal_to_the_whole_process_group_saves_and_says_resumable(tmp_path, 
     assert "the same command goes on from here" in (folder / "train.log").read_text()
 
 
-@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.full)])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.full)])
 def test_workers_that_are_killed_start_again_from_the_newest_checkpoint(tmp_path, disturbed, count):
     world.ensure()
     words = [*runs.TINY, "batch_size=1", f"launcher.processes={count}", f"paths.outputs={tmp_path}"]

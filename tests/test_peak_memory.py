@@ -8,6 +8,14 @@ CPU = torch.device("cpu")
 MIB = 2**20
 
 
+def most(call):
+    """Of three, since a system that takes idle pages back meanwhile makes one look smaller, but never larger."""
+    found = [peak_memory(call, CPU) for _ in range(3)]
+    if None in found:
+        pytest.skip("this system does not tell the peak")
+    return max(found)
+
+
 def test_what_a_call_holds_at_most():
     def hold(mib):
         first = torch.ones(mib * MIB // 4)
@@ -16,9 +24,7 @@ def test_what_a_call_holds_at_most():
 
     torch.ones(300 * MIB // 4)  # an earlier and higher peak does not count
     for mib in (40, 160):
-        found = peak_memory(lambda mib=mib: hold(mib), CPU)
-        if found is None:
-            pytest.skip("this system does not tell the peak")
+        found = most(lambda mib=mib: hold(mib))
         assert mib - 2 < found / MIB < mib + 5
 
 

@@ -14,6 +14,7 @@ from vireo.data.references import Cutout, letterbox, tight_box
 from vireo.data.source import Source
 from vireo.data.subject_choice import choose
 from vireo.data.subject_clips import SubjectClips
+from vireo.data.subject_parts import named
 from vireo.data.subject_references import Picture, Reference, Shown
 from vireo.data.transforms import covering_size
 from vireo.pixels import to_pixels
@@ -35,7 +36,7 @@ def clips():
 
 @pytest.fixture(scope="module")
 def clip(clips):
-    return clips._named(f"dataset1/{ITEM['key']}")
+    return named(clips.parts, f"dataset1/{ITEM['key']}")
 
 
 @pytest.mark.parametrize("name", FIT["outputs"])
@@ -102,7 +103,7 @@ def test_which_subjects(clip):
 @sample_data
 def test_the_recommended_filters_leave_three(clips):
     index = next(i for i in range(len(clips)) if clips._clip(i).name.startswith("dataset1/"))
-    chosen = clips._choose(clips._clip(index), None, Draws(0, [0]))
+    chosen = clips._choose(clips._clip(index), 10, Draws(0, [0]), {})
     assert [one.subject.id for one in chosen] == ["15", "6", "7"]  # in its own words: woman, person, blue top
 
 
