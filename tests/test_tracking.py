@@ -82,10 +82,12 @@ def test_a_service_that_is_down_at_one_start_costs_no_run_id(tmp_path):
 
 
 def test_tensorboard_gets_figures_notes_and_tags(tmp_path):
-    tracker = TensorBoard()
-    tracker.start(folder=tmp_path, **ABOUT)
-    tracker.log(3, {"loss": 0.5})
-    tracker.finish()
+    for first, last in ((0, 3), (2, 3)):  # the second goes on after step 2: what came later is logged again
+        tracker = TensorBoard()
+        no_id = tracker.start(folder=tmp_path, **{**ABOUT, "step": first})
+        assert no_id is None  # else tracker=wandb would take it for its own when the run goes on
+        tracker.log(last, {"loss": 0.5})
+        tracker.finish()
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "tensorboard"))

@@ -74,7 +74,10 @@ class Tracker(ABC):
         run_id: str | None,
         step: int,
     ) -> str | None:
-        """Begin, or go on with the run `run_id` after `step`; returns the id to keep in checkpoints."""
+        """Begin, or go on with the run `run_id` after `step`; returns the id to keep in checkpoints, None to keep what is.
+
+        The folder's tracker may have been another before, whose id this is.
+        """
 
     @abstractmethod
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
@@ -103,11 +106,11 @@ class TensorBoard(Tracker):
         from torch.utils.tensorboard import SummaryWriter
 
         # What was logged after the checkpoint is logged again; the old points are taken out.
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if run_id else None)
-        if run_id is None:
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        if step == 0:
             about = f"{notes}\n\ntags: {', '.join(tags)}\n\n```json\n{json.dumps(config, indent=1)}\n```"
             self.writer.add_text("run", about)
-        return "tensorboard"
+        return None
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         for key, value in metrics.items():
