@@ -74,7 +74,7 @@ class Tracker(ABC):
         run_id: str | None,
         step: int,
     ) -> str | None:
-        """Begin, or go on with the run `run_id` after `step`; returns the id to keep in checkpoints, None to keep what is.
+        """Begin, or go on with the run `run_id` after `step`; returns the id for checkpoints, None to keep what is.
 
         The folder's tracker may have been another before, whose id this is.
         """

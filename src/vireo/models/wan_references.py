@@ -358,7 +358,7 @@ def initialize(network: nn.Module, init: Init) -> None:
         if name.endswith("v_vae") or (init == "published" and name.endswith("proj.3")):
             nn.init.zeros_(module.weight)
         else:
-            # LayerNorm takes the size of a projection's last weight away: small, what is learnt soon outweighs the draw.
+            # LayerNorm takes the size of a projection's last weight away; what is learnt soon outweighs a small draw.
             nn.init.xavier_uniform_(module.weight, gain=1e-3 if name.endswith("proj.3") else 1)
     for name, parameter in network.named_parameters():
         if name.endswith("clip_gate"):
