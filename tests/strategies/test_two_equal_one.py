@@ -123,7 +123,8 @@ def spread(request, alone, tmp_path_factory):
     if recipes == FULL or strategy == "fsdp":
         folders["half frozen"] = make(root, *HALF_FROZEN, "batch_size=2", "gradient_accumulation=1", *chosen)
     order = [*folders, "stopped"]
-    codes = ranks.work([folders[name] for name in order], poison)
+    # All recipes take minutes where nothing else runs, and many of them beside other tests.
+    codes = ranks.work([folders[name] for name in order], poison, timeout=1800 if recipes == FULL else 600)
     for name, found in zip(order, codes, strict=False):
         stopped = name == "stopped" and not (folders[name] / "finished").exists()
         log = (folders[name] / "train.log").read_text()
