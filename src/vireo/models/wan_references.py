@@ -77,7 +77,8 @@ class WanReferences(Network):
     mode: "bidirectional", every frame sees every other, as Wan; "causal", groups of `group_frames` latent frames see
         themselves and those before, as LongLive, of which `window_frames` in all, the first `sink_frames` counted in
         (null: all). For training and for roll-outs alike.
-    init: "identity", the output is the base's until something was learnt: gates and values of latents begin at zero.
+    init: "identity", the output is the base's until something was learnt: gates and values of latents begin at zero,
+        the projections' last linear layers at a thousandth of Xavier's size.
         "published" has gates of 1, which stay, and projections whose last linear layer is zero: it disturbs the base.
     clip_dim: width of the CLIP tokens.
     vae_pos_embed: tell tokens of the references' latents where in the picture they are; as published they are a bag.
@@ -347,7 +348,11 @@ def make_causal(transformer: Any, group: int, window: int | None, sink: int) -> 
 
 @torch.no_grad()
 def initialize(network: nn.Module, init: Init) -> None:
-    """Initial values of the new modules of a `WanReferences`, drawn from torch's default generator."""
+    """Initial values of the new modules of a `WanReferences`, drawn from torch's default generator, in place.
+
+    Linear layers are Xavier-uniform (Glorot and Bengio 2010) with biases of 0; `WanReferences` says what the two starts
+    set otherwise. Raises UserError for another `init`.
+    """
     if init not in ("identity", "published"):
         raise UserError(f"model.network.init is identity or published, got {init!r}")
     for name, module in network.named_modules():
@@ -359,7 +364,7 @@ def initialize(network: nn.Module, init: Init) -> None:
             nn.init.zeros_(module.weight)
         else:
             # LayerNorm takes the size of a projection's last weight away; what is learnt soon outweighs a small draw.
-            nn.init.xavier_uniform_(module.weight, gain=1e-3 if name.endswith("proj.3") else 1)
+            nn.init.xavier_uniform_(module.weight, gain=1e-3 if name.endswith("proj.3") else 1.0)
     for name, parameter in network.named_parameters():
         if name.endswith("clip_gate"):
             parameter.fill_(float(init == "published"))
